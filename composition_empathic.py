@@ -1,0 +1,164 @@
+"""How a model is put together: from four pretrained parts, or from the folder of a training stage and its base."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
+from transformers import initialization as init
+from transformers.utils import cached_file
+
+from .configuration_empathic import MEM_TOKEN, EmpathicConfig, find_placeholder_tokens
+from .memory_empathic import use_exact_layers
+
+# What a training stage leaves: `STAGE_FILE` names the stage, its base and the tensors in `PARTS_FILE`; a PEFT adapter
+# stands beside them where the stage trained one.
+STAGE_FILE = "empathic_stage.json"
+PARTS_FILE = "trained_parts.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+
+# Prefixes of the tensors that come from the four pretrained parts; everything else is new in a composed model.
+PRETRAINED_PREFIXES = (
+    "model.language_model.",
+    "lm_head.",
+    "model.vision_tower.",
+    "model.audio_tower.",
+    "model.memory.mamba.",
+)
+
+
+def find_file(path: str, name: str) -> str | None:
+    """A file of a local folder or a Hub repository, or None."""
+    return cached_file(path, name, _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False)
+
+
+def read_stage(path: str) -> dict | None:
+    """The stage file of a folder or Hub repository: `stage`, `base` (a folder, an id or the four parts), `trained`."""
+    file = find_file(str(path), STAGE_FILE)
+    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+
+
+def resolve_base(path: str, base: str) -> str:
+    """A stage's base: a folder named relative to the stage's own, or else as it stands (an absolute path or an id)."""
+    beside = Path(path) / base
+    return str(beside.resolve()) if beside.is_dir() else base
+
+
+def load_parts(model, path: str, names: list[str]) -> None:
+    """
+    Puts the tensors of a stage's `trained_parts.safetensors` into the model.
+
+    Raises:
+        ValueError: naming the keys that are missing, unexpected, or of another shape.
+    """
+    file = find_file(path, PARTS_FILE)
+    if file is None:
+        raise ValueError(
+            f"{path} names {len(names)} trained tensors but holds no {PARTS_FILE}: the folder is incomplete."
+        )
+    tensors, state = load_file(file), dict(model.named_parameters())
+    problems = {
+        "missing": sorted(set(names) - set(tensors)),
+        "unexpected": sorted(set(tensors) - set(state)),
+        "of another shape": sorted(k for k, v in tensors.items() if k in state and state[k].shape != v.shape),
+    }
+    if any(problems.values()):
+        found = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
+        raise ValueError(f"{file} does not fit the model it was trained on ({found}).")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            state[name].copy_(tensor)
+
+
+class CompositionMixin:
+    """`from_parts_pretrained`, and a `from_pretrained` that also loads the output folder of a training stage."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """
+        As in transformers; a folder or repository of a training stage loads its base first, then the tensors and the
+        adapter that the stage trained.
+        """
+        path = str(pretrained_model_name_or_path)
+        adapter = (kwargs.get("adapter_kwargs") or {}).pop("_adapter_model_path", None)
+        stage = read_stage(path)
+        if stage is None:
+            model = super().from_pretrained(path, *args, **kwargs)
+            if adapter is not None:
+                model.load_adapter(adapter)
+            return model
+        kwargs.pop("config", None)  # the base brings its own
+        if isinstance(stage["base"], dict):
+            options = {k: kwargs[k] for k in ("dtype", "attn_implementation") if k in kwargs}
+            model = cls.from_parts_pretrained(**{**stage["base"], **options})
+        else:
+            model = cls.from_pretrained(resolve_base(path, stage["base"]), *args, **kwargs)
+        if stage["trained"]:
+            load_parts(model, path, stage["trained"])
+        if find_file(path, ADAPTER_CONFIG) is not None:
+            model.load_adapter(path)
+        return model
+
+    @classmethod
+    def from_parts_pretrained(
+        cls,
+        text: str,
+        vision: str,
+        audio: str,
+        memory: str,
+        dtype: torch.dtype | str = torch.float32,
+        attn_implementation: str | None = None,
+        video_token: str | None = None,
+        audio_token: str | None = None,
+        memory_token: str | None = None,
+        **kwargs,
+    ):
+        """
+        Composes a model from four pretrained parts; the Q-formers, queries, projectors and the `<MEM>` vector are new.
+
+        Args:
+            text, vision, audio, memory: Hub ids or folders of a causal LM, a CLIP model, a Whisper model and a Mamba or
+                Mamba-2 model; in the paper Qwen/Qwen2.5-7B-Instruct, openai/clip-vit-base-patch32,
+                openai/whisper-tiny, state-spaces/mamba-370m-hf.
+            dtype: of all weights.
+            attn_implementation: of the parts that support it.
+            video_token, audio_token, memory_token: placeholders, see `EmpathicProcessor`.
+            kwargs: further arguments of [`EmpathicConfig`], such as `num_query_tokens`.
+        """
+        options = {"dtype": dtype}
+        if attn_implementation is not None:
+            options["attn_implementation"] = attn_implementation
+        language_model = AutoModelForCausalLM.from_pretrained(text, **options)
+        vision_tower = CLIPVisionModel.from_pretrained(vision, **options)
+        audio_tower = AutoModel.from_pretrained(audio, **options).get_encoder()
+        mamba = AutoModel.from_pretrained(memory, dtype=dtype)
+
+        tokenizer, memory_tokenizer = AutoTokenizer.from_pretrained(text), AutoTokenizer.from_pretrained(memory)
+        tokens = find_placeholder_tokens(tokenizer, video=video_token, audio=audio_token, memory=memory_token)
+        ids = {f"{k}_token_id": tokenizer.convert_tokens_to_ids(token) for k, token in tokens.items()}
+        if MEM_TOKEN not in memory_tokenizer.get_vocab():
+            memory_tokenizer.add_special_tokens({"additional_special_tokens": [MEM_TOKEN]})
+        norms = language_model.get_input_embeddings().weight.float().norm(dim=-1)
+        config = EmpathicConfig(
+            text_config=language_model.config,
+            vision_config=vision_tower.config,
+            audio_config=audio_tower.config,
+            memory_config=mamba.config,
+            mem_token_id=memory_tokenizer.convert_tokens_to_ids(MEM_TOKEN),
+            embedding_scale=(norms.median() / language_model.config.hidden_size**0.5).item(),
+            **{**ids, **kwargs},
+        )
+        # The pretrained parts take the place of theirs before anything is initialised: only what is new is.
+        with init.no_init_weights():
+            model = cls._from_config(config, dtype=language_model.dtype, attn_implementation=attn_implementation)
+        model.model.language_model, model.lm_head = language_model.base_model, language_model.lm_head
+        model.model.vision_tower, model.model.audio_tower = vision_tower, audio_tower
+        model.model.memory.mamba = use_exact_layers(mamba)
+        for part in (language_model, vision_tower, audio_tower, mamba):
+            for module in part.modules():
+                module._is_hf_initialized = True
+        model.initialize_weights()
+        model.tie_weights()
+        model.generation_config = language_model.generation_config
+        return model.eval()

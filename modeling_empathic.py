@@ -1,0 +1,482 @@
+"""PyTorch model: CLIP and Whisper seen through Q-formers, MambaCompressor for the history, a causal LM that answers."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMultimodalLM,
+    Blip2QFormerModel,
+    CLIPVisionModel,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils import can_return_tuple
+
+from .composition_empathic import CompositionMixin
+from .configuration_empathic import EmpathicConfig
+from .memory_empathic import MambaCompressor, MemoryState, Projector
+
+# Inputs that are turned into vectors of the prompt; decoding steps with a cache need them no more.
+MEDIA_KEYS = (
+    "pixel_values_videos",
+    "video_mask",
+    "input_features",
+    "input_features_mask",
+    "memory_input_ids",
+    "memory_attention_mask",
+    "memory_embeds",
+)
+
+
+@dataclass
+class EmpathicModelOutputWithPast(BaseModelOutputWithPast):
+    r"""
+    video_hidden_states, audio_hidden_states (`torch.FloatTensor`, *optional*):
+        The vectors of the clips `(batch_size, num_query_tokens, hidden_size)`, in the LLM's embedding space.
+    memory_hidden_states (`torch.FloatTensor` of shape `(num_utterances, hidden_size)`, *optional*):
+        The memory vectors, in batch order, then utterance order.
+    """
+
+    video_hidden_states: torch.FloatTensor | None = None
+    audio_hidden_states: torch.FloatTensor | None = None
+    memory_hidden_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class EmpathicCausalLMOutputWithPast(ModelOutput):
+    r"""
+    loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is provided):
+        Language modeling loss (next-token prediction).
+    logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
+        Scores of the vocabulary; `sequence_length` is what `logits_to_keep` left.
+    past_key_values (`Cache`, *optional*):
+        The LLM's key-value cache.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor] | None = None
+    attentions: tuple[torch.FloatTensor] | None = None
+    video_hidden_states: torch.FloatTensor | None = None
+    audio_hidden_states: torch.FloatTensor | None = None
+    memory_hidden_states: torch.FloatTensor | None = None
+
+
+class EmpathicPreTrainedModel(PreTrainedModel):
+    config: EmpathicConfig
+    base_model_prefix = "model"
+    input_modalities = ("video", "audio", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, EmpathicModel):
+            for queries, qformer in (
+                (module.video_query_tokens, self.config.video_qformer_config),
+                (module.audio_query_tokens, self.config.audio_qformer_config),
+            ):
+                init.normal_(queries, mean=0.0, std=qformer.initializer_range)
+        elif isinstance(module, (MambaCompressor, Projector)):
+            module.init_parameters()
+
+    def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
+        """As in transformers; one name is spread over the parts as far as each supports it."""
+        super().set_attn_implementation(self.config.attn_implementation_by_part(attn_implementation), **kwargs)
+
+    def train(self, mode: bool = True):
+        """As in torch, but a part that is frozen as a whole stays in evaluation mode: no dropout on frozen features."""
+        super().train(mode)
+        if mode:
+            body = self.base_model
+            for part in (body.vision_tower, body.audio_tower, body.video_qformer, body.audio_qformer, body.memory):
+                if not any(parameter.requires_grad for parameter in part.parameters()):
+                    part.eval()
+        return self
+
+
+class EmpathicModel(EmpathicPreTrainedModel):
+    """
+    The encoders and the LLM's decoder, without its head.
+
+    Audio and video become `num_query_tokens` vectors each (paper's Sec. 3.1), every earlier utterance one vector
+    (Sec. 3.2); they replace the placeholder tokens of the prompt.
+    """
+
+    def __init__(self, config: EmpathicConfig):
+        super().__init__(config)
+        width = config.text_config.hidden_size
+        video, audio = config.video_qformer_config, config.audio_qformer_config
+        self.vision_tower = CLIPVisionModel._from_config(config.vision_config)
+        self.audio_tower = WhisperEncoder._from_config(config.audio_config)
+        self.video_qformer = Blip2QFormerModel._from_config(video)
+        self.audio_qformer = Blip2QFormerModel._from_config(audio)
+        self.video_query_tokens = nn.Parameter(torch.empty(config.num_query_tokens, video.hidden_size))
+        self.audio_query_tokens = nn.Parameter(torch.empty(config.num_query_tokens, audio.hidden_size))
+        self.video_projector = Projector(video.hidden_size, width, config.embedding_scale)
+        self.audio_projector = Projector(audio.hidden_size, width, config.embedding_scale)
+        self.memory = MambaCompressor(config.memory_config, width, config.mem_token_id, config.embedding_scale)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.language_model.set_input_embeddings(value)
+
+    @staticmethod
+    def _query(qformer, query_tokens, projector, hidden_states, mask) -> BaseModelOutputWithPooling:
+        """Q-former over (batch, positions, tower width) under a mask (batch, positions)."""
+        # A clip that is absent attends to its first position, so that no softmax runs over nothing; its vectors have
+        # no placeholder to go to.
+        mask = mask.clone()
+        mask[:, 0] |= ~mask.any(dim=1)
+        outputs = qformer(
+            query_embeds=query_tokens.expand(hidden_states.shape[0], -1, -1),
+            encoder_hidden_states=hidden_states,
+            encoder_attention_mask=mask.long(),
+        )
+        vectors = projector(outputs.last_hidden_state.to(projector.linear.weight.dtype))
+        return BaseModelOutputWithPooling(last_hidden_state=outputs.last_hidden_state, pooler_output=vectors)
+
+    def get_video_features(
+        self, pixel_values_videos: torch.FloatTensor, video_mask: torch.LongTensor | None = None
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        pixel_values_videos (`torch.FloatTensor` of shape `(batch_size, num_frames, 3, height, width)`):
+            The frames of each clip.
+        video_mask (`torch.LongTensor` of shape `(batch_size, num_frames)`, *optional*):
+            1 for a real frame, 0 for padding.
+
+        Returns `pooler_output` of shape `(batch_size, num_query_tokens, hidden_size)` in the LLM's embedding space.
+        """
+        batch, frames = pixel_values_videos.shape[:2]
+        if video_mask is None:
+            video_mask = pixel_values_videos.new_ones(batch, frames, dtype=torch.long)
+        pixels = pixel_values_videos.flatten(0, 1).to(self.vision_tower.dtype)
+        hidden = self.vision_tower(pixels).last_hidden_state  # (batch * frames, patches, width)
+        patches = hidden.shape[1]
+        hidden = hidden.reshape(batch, frames * patches, -1)
+        mask = video_mask.bool().repeat_interleave(patches, dim=1)
+        return self._query(self.video_qformer, self.video_query_tokens, self.video_projector, hidden, mask)
+
+    def get_audio_features(
+        self, input_features: torch.FloatTensor, input_features_mask: torch.LongTensor | None = None
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        input_features (`torch.FloatTensor` of shape `(batch_size, mel, time)`):
+            Whisper's log-mel features; `time` is a whole number of Whisper windows, which are encoded one by one.
+        input_features_mask (`torch.LongTensor` of shape `(batch_size, time)`, *optional*):
+            1 within the clip, 0 past its end.
+
+        Returns `pooler_output` of shape `(batch_size, num_query_tokens, hidden_size)` in the LLM's embedding space.
+        """
+        batch, mel, time = input_features.shape
+        if input_features_mask is None:
+            input_features_mask = input_features.new_ones(batch, time, dtype=torch.long)
+        window = 2 * self.config.audio_config.max_source_positions
+        if time % window:
+            raise ValueError(f"input_features has {time} time steps, not a whole number of windows of {window}.")
+        windows = input_features.reshape(batch, mel, -1, window).transpose(1, 2).flatten(0, 1)
+        hidden = self.audio_tower(windows.to(self.audio_tower.dtype)).last_hidden_state
+        hidden = hidden.reshape(batch, time // 2, -1)
+        mask = input_features_mask.bool()[:, ::2]  # the encoder's second convolution halves time
+        return self._query(self.audio_qformer, self.audio_query_tokens, self.audio_projector, hidden, mask)
+
+    def get_memory_features(
+        self, memory_input_ids: torch.LongTensor, memory_attention_mask: torch.LongTensor | None = None
+    ) -> torch.FloatTensor:
+        r"""
+        memory_input_ids (`torch.LongTensor` of shape `(batch_size, length)`):
+            Utterances in the memory encoder's vocabulary, `<MEM>` after each, right-padded.
+        memory_attention_mask (`torch.LongTensor` of shape `(batch_size, length)`, *optional*):
+            1 for a real token.
+
+        Returns a tensor of shape `(utterances in the batch, hidden_size)`, in batch order, then utterance order.
+        """
+        return self.memory(memory_input_ids, memory_attention_mask)
+
+    def new_memory_state(self, batch_size: int = 1) -> MemoryState:
+        """An empty memory of `batch_size` conversations, for `append_to_memory`."""
+        return self.memory.new_state(batch_size)
+
+    def append_to_memory(
+        self,
+        state: MemoryState,
+        memory_input_ids: torch.LongTensor,
+        memory_attention_mask: torch.LongTensor | None = None,
+    ) -> torch.FloatTensor:
+        """
+        Reads whole or partial utterances `(batch_size, length)` into `state`, in place, and returns the vectors
+        `(new <MEM> tokens, hidden_size)`. However a token sequence is cut, its vectors are those of one pass.
+        """
+        return self.memory.append(state, memory_input_ids, memory_attention_mask)
+
+    def get_placeholder_mask(
+        self,
+        token_id: int,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.FloatTensor,
+        counts: torch.LongTensor,
+        modality: str,
+    ) -> torch.BoolTensor:
+        """
+        Mask `(batch_size, sequence_length, 1)` of a modality's placeholders; raises a ValueError with both counts
+        where a row's placeholders are not as many as its vectors, `counts` `(batch_size,)`.
+        """
+        if input_ids is not None:
+            mask = input_ids == token_id
+        else:
+            token = torch.tensor(token_id, device=inputs_embeds.device)
+            mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        placeholders = mask.sum(dim=1)
+        if not torch.equal(placeholders, counts.to(placeholders)):
+            raise ValueError(
+                f"The {modality} placeholders in the prompts and the {modality} vectors do not match, row by row: "
+                f"{placeholders.tolist()} placeholders, {counts.tolist()} vectors."
+            )
+        return mask.unsqueeze(-1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        video_mask: torch.LongTensor | None = None,
+        input_features: torch.FloatTensor | None = None,
+        input_features_mask: torch.LongTensor | None = None,
+        memory_input_ids: torch.LongTensor | None = None,
+        memory_attention_mask: torch.LongTensor | None = None,
+        memory_embeds: torch.FloatTensor | None = None,
+        **kwargs,
+    ) -> EmpathicModelOutputWithPast:
+        r"""
+        memory_embeds (`torch.FloatTensor` of shape `(batch_size, utterances, hidden_size)`, *optional*):
+            Memory vectors computed before, right-padded, instead of `memory_input_ids`.
+
+        The other media inputs are those of `get_video_features`, `get_audio_features` and `get_memory_features`. A row
+        whose mask is all zero lacks that modality and must have no placeholder for it.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if memory_embeds is not None and memory_input_ids is not None:
+            raise ValueError("Give at most one of memory_embeds and memory_input_ids.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        queries = self.config.num_query_tokens
+        video = audio = memory = None
+        vectors = []  # (modality, placeholder id, vectors of the batch (n, hidden), vectors a row (batch,))
+        if pixel_values_videos is not None:
+            video = self.get_video_features(pixel_values_videos, video_mask).pooler_output
+            present = torch.ones(len(video), dtype=torch.bool) if video_mask is None else video_mask.any(dim=1)
+            vectors.append(("video", self.config.video_token_id, video, present.to(video.device)))
+        if input_features is not None:
+            audio = self.get_audio_features(input_features, input_features_mask).pooler_output
+            present = torch.ones(len(audio), dtype=torch.bool) if input_features_mask is None else None
+            present = input_features_mask.any(dim=1) if present is None else present
+            vectors.append(("audio", self.config.audio_token_id, audio, present.to(audio.device)))
+        for modality, token_id, features, present in vectors:
+            counts = present.long() * queries
+            mask = self.get_placeholder_mask(token_id, input_ids, inputs_embeds, counts, modality)
+            inputs_embeds = self._place(inputs_embeds, mask, features[present].flatten(0, 1), features)
+        if memory_input_ids is not None:
+            memory = self.get_memory_features(memory_input_ids, memory_attention_mask)
+            is_mem = memory_input_ids == self.config.mem_token_id
+            if memory_attention_mask is not None:
+                is_mem &= memory_attention_mask.bool()
+            mask = self.get_placeholder_mask(
+                self.config.memory_token_id, input_ids, inputs_embeds, is_mem.sum(dim=1), "memory"
+            )
+            inputs_embeds = self._place(inputs_embeds, mask, memory, memory)
+        elif memory_embeds is not None:
+            counts = torch.full((len(memory_embeds),), memory_embeds.shape[1], device=memory_embeds.device)
+            if input_ids is not None:  # rows may have fewer utterances than the longest
+                counts = torch.minimum(counts, (input_ids == self.config.memory_token_id).sum(dim=1))
+            mask = self.get_placeholder_mask(self.config.memory_token_id, input_ids, inputs_embeds, counts, "memory")
+            kept = torch.arange(memory_embeds.shape[1], device=counts.device) < counts[:, None]
+            memory = memory_embeds[kept]
+            inputs_embeds = self._place(inputs_embeds, mask, memory, memory)
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return EmpathicModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            video_hidden_states=video,
+            audio_hidden_states=audio,
+            memory_hidden_states=memory,
+        )
+
+    @staticmethod
+    def _place(inputs_embeds, mask, vectors, computed):
+        """Vectors into their placeholders. What was computed for absent clips stays in the graph with weight zero:
+        every process of a distributed run then has a gradient, of zero, for every trained parameter."""
+        inputs_embeds = inputs_embeds.masked_scatter(mask, vectors.to(inputs_embeds))
+        if computed.requires_grad:
+            inputs_embeds = inputs_embeds + 0.0 * computed.sum().to(inputs_embeds)
+        return inputs_embeds
+
+
+class EmpathicForConditionalGeneration(CompositionMixin, EmpathicPreTrainedModel, GenerationMixin):
+    """
+    The empathic chatbot: [`EmpathicModel`] with the LLM's head.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+    >>> model = AutoModelForMultimodalLM.from_pretrained("runs/quickstart/model", trust_remote_code=True)
+    >>> processor = AutoProcessor.from_pretrained("runs/quickstart/model", trust_remote_code=True)
+    >>> messages = [{"role": "user", "content": [{"type": "video", "path": "clip.mp4"}]}]
+    >>> inputs = processor.apply_chat_template(
+    ...     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    ... )
+    >>> reply = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
+    >>> print(processor.decode(reply, skip_special_tokens=True))
+    ```
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: EmpathicConfig):
+        super().__init__(config)
+        self.model = EmpathicModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def get_video_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
+        """See [`EmpathicModel.get_video_features`]."""
+        return self.model.get_video_features(*args, **kwargs)
+
+    def get_audio_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
+        """See [`EmpathicModel.get_audio_features`]."""
+        return self.model.get_audio_features(*args, **kwargs)
+
+    def get_memory_features(self, *args, **kwargs) -> torch.FloatTensor:
+        """See [`EmpathicModel.get_memory_features`]."""
+        return self.model.get_memory_features(*args, **kwargs)
+
+    def new_memory_state(self, batch_size: int = 1) -> MemoryState:
+        """See [`EmpathicModel.new_memory_state`]."""
+        return self.model.new_memory_state(batch_size)
+
+    def append_to_memory(self, state: MemoryState, *args, **kwargs) -> torch.FloatTensor:
+        """See [`EmpathicModel.append_to_memory`]."""
+        return self.model.append_to_memory(state, *args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        video_mask: torch.LongTensor | None = None,
+        input_features: torch.FloatTensor | None = None,
+        input_features_mask: torch.LongTensor | None = None,
+        memory_input_ids: torch.LongTensor | None = None,
+        memory_attention_mask: torch.LongTensor | None = None,
+        memory_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> EmpathicCausalLMOutputWithPast:
+        r"""
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Targets of the next-token loss; -100 is ignored.
+        logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+            How many last positions, or which positions, go through the head; 0 keeps all.
+
+        The other inputs are those of [`EmpathicModel.forward`].
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values_videos=pixel_values_videos,
+            video_mask=video_mask,
+            input_features=input_features,
+            input_features_mask=input_features_mask,
+            memory_input_ids=memory_input_ids,
+            memory_attention_mask=memory_attention_mask,
+            memory_embeds=memory_embeds,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return EmpathicCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            video_hidden_states=outputs.video_hidden_states,
+            audio_hidden_states=outputs.audio_hidden_states,
+            memory_hidden_states=outputs.memory_hidden_states,
+        )
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, use_cache=True, **kwargs):
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
+        )
+        if use_cache and not is_first_iteration:
+            for key in MEDIA_KEYS:
+                inputs.pop(key, None)
+        return inputs
+
+
+EmpathicModel.register_for_auto_class("AutoModel")
+EmpathicForConditionalGeneration.register_for_auto_class("AutoModelForMultimodalLM")
+
+# The package registers its classes; a checkpoint's own copy of this file is found through its `auto_map`.
+if __name__ == "empathic.modeling_empathic":
+    AutoConfig.register("empathic", EmpathicConfig, exist_ok=True)
+    AutoModel.register(EmpathicConfig, EmpathicModel, exist_ok=True)
+    AutoModelForMultimodalLM.register(EmpathicConfig, EmpathicForConditionalGeneration, exist_ok=True)
+
+__all__ = ["EmpathicForConditionalGeneration", "EmpathicModel", "EmpathicPreTrainedModel"]
