@@ -1,15 +1,23 @@
 """Processor of the empathic model: a conversation with media -> tensors."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, BatchFeature
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    BatchFeature,
+)
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .configuration_empathic import EMOTIONS, MEM_TOKEN, find_placeholder_tokens
+from .configuration_empathic import EMOTIONS, MEM_TOKEN, EmpathicConfig, find_placeholder_tokens
 from .media_empathic import load_audio, load_video
 
 TASKS = ("dialogue", "emotion", "memory", "counter")
@@ -32,7 +40,8 @@ def _pad(sequences: list[list[int]], value: int, side: str) -> torch.Tensor:
     length = max(len(sequence) for sequence in sequences)
     padding = [[value] * (length - len(sequence)) for sequence in sequences]
     pairs = zip(padding, sequences, strict=True)
-    return torch.tensor([p + s if side == "left" else s + p for p, s in pairs], dtype=torch.long).reshape(-1, length)
+    rows = [p + s if side == "left" else s + p for p, s in pairs]
+    return torch.tensor(rows, dtype=torch.long).reshape(len(sequences), length)
 
 
 def _stack_media(rows: list, shape: tuple[int, ...], length: int, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,7 +106,8 @@ class EmpathicProcessor(ProcessorMixin):
             chat_template=default_chat_templates() if chat_template is None else chat_template,
         )
         self.mem_token_id = memory_tokenizer.convert_tokens_to_ids(MEM_TOKEN)
-        self._control = {id(t): self._control_pattern(t) for t in (tokenizer, memory_tokenizer)}
+        self._control = self._control_pattern(tokenizer)
+        self._memory_control = self._control_pattern(memory_tokenizer)
 
     @classmethod
     def from_parts_pretrained(cls, text, vision, audio, memory, **kwargs) -> "EmpathicProcessor":
@@ -140,7 +150,7 @@ class EmpathicProcessor(ProcessorMixin):
             tokenizer: `self.tokenizer` (default) or `self.memory_tokenizer`.
         """
         tokenizer = self.tokenizer if tokenizer is None else tokenizer
-        pattern = self._control[id(tokenizer)]
+        pattern = self._memory_control if tokenizer is self.memory_tokenizer else self._control
         ids, start = [], 0
         while (match := pattern.search(text, start)) is not None:
             cut = match.start() + 1
@@ -162,6 +172,8 @@ class EmpathicProcessor(ProcessorMixin):
     def _read_message(index: int, message: dict) -> dict:
         """One message as {"role", "name", "text", "audio", "video"}; the caller's message is not changed."""
         where = f"message {index}"
+        if not isinstance(message, Mapping):
+            raise ValueError(f"{where} is {message!r}; a message is a dict with `role` and `content`.")
         role = message.get("role")
         if role not in ROLES:
             raise ValueError(f"{where} has the role {role!r}; the roles are {', '.join(ROLES)}.")
@@ -241,6 +253,8 @@ class EmpathicProcessor(ProcessorMixin):
             raise ValueError(f"The emotion {emotion!r} is not one of {', '.join(EMOTIONS)}.")
         template = self._template(task, chat_template)
         system, earlier, turn = self._split(messages, task)
+        if task == "counter" and not turn["text"]:
+            raise ValueError("The task `counter` answers a sentence, but the last message has no text.")
         if task == "emotion":
             earlier = []
         remembered = earlier if history == "memory" or task == "memory" else []
@@ -378,6 +392,7 @@ class EmpathicProcessor(ProcessorMixin):
         history: str = "memory",
         emotion: str | None = None,
         with_text: bool | None = None,
+        continue_final_message: bool = False,
         processor_kwargs: dict | None = None,
     ) -> str | list[str] | BatchFeature | torch.Tensor:
         """
@@ -392,17 +407,28 @@ class EmpathicProcessor(ProcessorMixin):
             chat_template: a template, or the name of one of the processor's, instead of the task's.
             add_generation_prompt: whether to open the assistant's turn.
             tokenize, return_dict, return_tensors ("pt" or None): as in transformers.
-            padding: pads a batch on the left. May also stand in `processor_kwargs`.
+            padding (`bool` or `"longest"`): pads a batch on the left. May also stand in `processor_kwargs`.
             task: `dialogue`, `emotion`, `memory` (rebuild all messages) or `counter` (needs `emotion`).
             history: `memory`, or `text` for the ablation: earlier messages as chat turns, no memory.
             with_text: whether `emotion` shows the sentence; the processor's `with_text` by default.
+            continue_final_message: only False, which transformers' pipelines pass: the model answers the user.
 
         Raises:
+            TypeError: for an argument or a key of `processor_kwargs` that is not listed here.
             ValueError: for a message list the model cannot answer, naming the message.
             MediaError: for a clip that cannot be read, naming the file.
         """
-        padding = (processor_kwargs or {}).get("padding", padding)
-        batched = isinstance(conversation, (list, tuple)) and bool(conversation) and isinstance(conversation[0], list)
+        processor_kwargs = dict(processor_kwargs or {})
+        padding = processor_kwargs.pop("padding", padding)
+        return_tensors = processor_kwargs.pop("return_tensors", return_tensors)
+        if processor_kwargs:
+            raise TypeError(f"apply_chat_template() got unexpected processor_kwargs: {', '.join(processor_kwargs)}.")
+        if padding not in (True, False, None, "longest"):
+            raise ValueError(f"padding={padding!r} is not supported; use True ('longest') or False.")
+        if continue_final_message:
+            raise ValueError("continue_final_message is not supported: the model answers the user's last message.")
+        sequence = (list, tuple)
+        batched = isinstance(conversation, sequence) and bool(conversation) and isinstance(conversation[0], sequence)
         conversations = conversation if batched else [conversation]
         options = dict(task=task, history=history, emotion=emotion, with_text=with_text, chat_template=chat_template)
         if not tokenize:
@@ -443,5 +469,10 @@ class EmpathicProcessor(ProcessorMixin):
 
 
 EmpathicProcessor.register_for_auto_class()
+
+# The package registers its classes; a checkpoint's own copy of this file is found through its `auto_map`.
+if __name__ == "empathic.processing_empathic":
+    AutoConfig.register("empathic", EmpathicConfig, exist_ok=True)
+    AutoProcessor.register(EmpathicConfig, EmpathicProcessor, exist_ok=True)
 
 __all__ = ["EmpathicProcessor"]

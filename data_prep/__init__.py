@@ -1,0 +1,1 @@
+"""Corpora, brought to one schema, and the views that training takes of them."""

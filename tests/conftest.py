@@ -1,0 +1,261 @@
+"""Shared by all tests: one thread, no network, and a writer of small media files."""
+
+import os
+
+# Before torch and the Hub client are imported: they read these once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def encode_media(
+    path,
+    *,
+    frames=None,
+    fps=10,
+    times=None,
+    samples=None,
+    sampling_rate=44100,
+    layout="mono",
+    video_codec="libx264",
+    audio_codec="aac",
+    rotation=None,
+    video_options=None,
+    container_options=None,
+    format=None,
+):
+    """Writes one media file through PyAV and returns its path.
+
+    frames: (frames, height, width, 3) uint8, or None for no picture. times: when each frame appears, in milliseconds (a
+    variable frame rate), else `fps`. samples: (channels, samples) floats for the channel `layout`, or None for silence.
+    rotation: degrees, counter-clockwise, that a player has to turn the picture by.
+    """
+    with av.open(str(path), "w", format=format, container_options=container_options or {}) as container:
+        video = audio = None
+        if frames is not None:
+            video = container.add_stream(video_codec, rate=fps, options=video_options or {})
+            video.height, video.width = frames.shape[1:3]
+            video.bit_rate = 2_000_000  # enough to keep the greys apart
+            even = video.width % 2 == 0 and video.height % 2 == 0
+            video.pix_fmt = "yuvj420p" if video_codec == "mjpeg" else "yuv420p" if even else "yuv444p"
+            if times is not None:
+                video.codec_context.time_base = Fraction(1, 1000)
+            if rotation is not None:
+                video.set_display_rotation(rotation)
+        if samples is not None:
+            audio = container.add_stream(audio_codec, rate=sampling_rate, layout=layout)
+        for place, pixels in enumerate(frames if frames is not None else []):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            frame.pts = place if times is None else times[place]
+            frame.time_base = Fraction(1, fps) if times is None else Fraction(1, 1000)
+            container.mux(video.encode(frame))
+        if video is not None:
+            container.mux(video.encode(None))
+        if audio is not None:
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples, dtype=np.float32), "fltp", layout)
+            frame.sample_rate = sampling_rate
+            context = audio.codec_context
+            convert = av.AudioResampler(context.format, layout, sampling_rate, frame_size=context.frame_size or None)
+            for piece in convert.resample(frame) + convert.resample(None):
+                container.mux(audio.encode(piece))
+            container.mux(audio.encode(None))
+    return path
+
+
+@pytest.fixture(scope="session")
+def write_media():
+    """The function `encode_media`."""
+    return encode_media
+
+
+@pytest.fixture(scope="session")
+def grey_frames():
+    """A function (count, height, width) -> uint8 frames; frame i is grey of the value 7 i + 20."""
+
+    def make(count, height=48, width=64):
+        values = (np.arange(count) * 7 + 20).astype(np.uint8)
+        return np.broadcast_to(values[:, None, None, None], (count, height, width, 3)).copy()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tone():
+    """A function (seconds, sampling_rate, frequency, channels) -> (channels, samples) sine of amplitude 0.5."""
+
+    def make(seconds=1.0, sampling_rate=44100, frequency=440.0, channels=1):
+        time = np.arange(round(seconds * sampling_rate)) / sampling_rate
+        return np.tile(0.5 * np.sin(2 * np.pi * frequency * time), (channels, 1)).astype(np.float32)
+
+    return make
+
+
+# The four pretrained parts in the formats of the real ones, and a model composed of them: hidden sizes of 32, 2 layers.
+
+WORDS = "hello there how are you i am fine thanks what did he say about the old dog of clara".split()
+
+
+def _save_text(folder):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from empathic.tiny.vocabulary import build_text_tokenizer
+
+    tokenizer = build_text_tokenizer(WORDS)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer) + 3,  # Qwen2.5's table too has more rows than its tokenizer has entries
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _save_vision(folder):
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32)
+    text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=99)
+    CLIPModel(CLIPConfig(vision_config={**vision, "patch_size": 16}, text_config=text)).save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size).save_pretrained(folder)
+
+
+def _save_audio(folder):
+    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+    config = WhisperConfig(
+        d_model=32,
+        encoder_layers=2,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=64,
+        max_source_positions=100,  # windows of two seconds
+        vocab_size=99,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        begin_suppress_tokens=None,
+    )
+    WhisperForConditionalGeneration(config).save_pretrained(folder)
+    WhisperFeatureExtractor(chunk_length=2).save_pretrained(folder)
+
+
+def _save_memory(folder):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    from empathic.tiny.vocabulary import build_memory_tokenizer
+
+    tokenizer = build_memory_tokenizer(WORDS)
+    # As with Mamba-370M, the tokenizer of n entries has a table of a few more rows.
+    MambaForCausalLM(
+        MambaConfig(vocab_size=len(tokenizer) + 3, hidden_size=32, state_size=8, num_hidden_layers=2)
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory):
+    """`{"text", "vision", "audio", "memory"}`: folders of tiny pretrained parts, saved as the Hub's are."""
+    folder = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    for name, save in (
+        ("text", _save_text),
+        ("vision", _save_vision),
+        ("audio", _save_audio),
+        ("memory", _save_memory),
+    ):
+        save(folder / name)
+    return {name: str(folder / name) for name in ("text", "vision", "audio", "memory")}
+
+
+@pytest.fixture(scope="session")
+def base_folder(parts, tmp_path_factory):
+    """A whole checkpoint: model and processor composed of `parts`, with 4 queries and 2 frames."""
+    from empathic.modeling_empathic import EmpathicForConditionalGeneration
+    from empathic.processing_empathic import EmpathicProcessor
+
+    folder = str(tmp_path_factory.mktemp("base"))
+    qformer = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    torch.manual_seed(1)
+    model = EmpathicForConditionalGeneration.from_parts_pretrained(
+        **parts, num_query_tokens=4, num_frames=2, video_qformer_config=qformer, audio_qformer_config=qformer
+    )
+    model.save_pretrained(folder)
+    EmpathicProcessor.from_parts_pretrained(**parts, num_query_tokens=4, num_frames=2).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(base_folder):
+    from empathic.modeling_empathic import EmpathicForConditionalGeneration
+
+    return EmpathicForConditionalGeneration.from_pretrained(base_folder)
+
+
+@pytest.fixture(scope="session")
+def processor(base_folder):
+    from empathic.processing_empathic import EmpathicProcessor
+
+    return EmpathicProcessor.from_pretrained(base_folder)
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory, grey_frames, tone):
+    """A real mp4 of one second: H.264 picture and AAC sound."""
+    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
+    return str(encode_media(path, frames=grey_frames(10), samples=tone(1.0)))
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """A function (overrides) -> `EmpathicConfig` of hidden sizes 32 and 2 layers, for models of random weights."""
+    from empathic.configuration_empathic import EmpathicConfig
+
+    text = dict(
+        vocab_size=120, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    tower = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    whisper = dict(d_model=48, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64, max_source_positions=20)
+
+    def make(**overrides):
+        parts = dict(
+            text_config={"model_type": "qwen2", **text},
+            vision_config={**tower, "image_size": 32, "patch_size": 16},
+            audio_config=whisper,
+            memory_config={
+                "model_type": "mamba", "vocab_size": 50, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2,
+            },
+            video_qformer_config=tower,
+            audio_qformer_config=tower,
+            num_query_tokens=3,
+            num_frames=2,
+            video_token_id=111,
+            audio_token_id=112,
+            memory_token_id=113,
+            mem_token_id=49,
+        )  # fmt: skip
+        return EmpathicConfig(**{**parts, **overrides})
+
+    return make

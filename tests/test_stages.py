@@ -1,0 +1,263 @@
+"""The five stages through their real entry point, on a real folder of recordings and tiny models."""
+
+import json
+import os
+
+import pytest
+import torch
+from datasets import load_dataset
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from empathic.composition_empathic import read_stage
+from empathic.data_prep.folder import prepare_folder
+from empathic.modeling_empathic import EmpathicForConditionalGeneration
+from empathic.processing_empathic import EmpathicProcessor
+from empathic.trainers import train
+from empathic.trainers.checkpoint import load_model, merge
+from empathic.trainers.samples import SampleStream, StageCollator, draw_utterances, emotion_sample
+from empathic.trainers.stages import STAGES, TRAINED_PARTS
+
+QFORMER = ["--qformer_layers", "2", "--qformer_heads", "2", "--qformer_width", "32"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, write_media, grey_frames, tone):
+    """Two dialogues in each split: the first turn has a clip, and somebody else answers."""
+    raw = tmp_path_factory.mktemp("recordings")
+    lines = []
+    for split in ("train", "validation"):
+        for number, emotion in enumerate(("happy", "sad")):
+            name = f"{split}{number}"
+            write_media(raw / f"{name}.mp4", frames=grey_frames(6), samples=tone(0.6, frequency=200 + 300 * number))
+            texts = ("hello there", "how are you", "i am fine thanks", "what did he say")
+            for turn, text in enumerate(texts):
+                line = {"dialogue_id": name, "turn": turn, "speaker": ("clara", "bot")[turn % 2], "text": text}
+                line["split"] = split
+                if turn % 2 == 0:
+                    line |= {"emotion": emotion, "file_name": f"{name}.mp4"}
+                lines.append(line)
+    (raw / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    out = tmp_path_factory.mktemp("data")
+    prepare_folder(raw, out, progress=False)
+    return str(out)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory, data):
+    """Preference rows for stage epo, with the clip in the prompt."""
+    from empathic.data_prep.views import DialogueSamples
+
+    rows = [
+        {
+            "prompt": sample["prompt"],
+            "chosen": [{"role": "assistant", "content": sample["reply"]}],
+            "rejected": [{"role": "assistant", "content": "the old dog"}],
+        }
+        for sample in DialogueSamples(load_dataset(data, split="train"))
+    ]
+    out = tmp_path_factory.mktemp("pairs")
+    (out / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(out)
+
+
+def run(stage, data, output, *options):
+    common = ["--stage", stage, "--dataset_name", data, "--output_dir", str(output), "--max_steps", "2"]
+    common += ["--per_device_train_batch_size", "2", "--learning_rate", "1e-2", "--report_to", "none"]
+    common += ["--save_strategy", "no", "--disable_tqdm", "True", "--lr_scheduler_type", "constant", "--seed", "3"]
+    return train.main([*common, *options])
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory, parts, data, pairs):
+    """All five stages, each from the one before; their folders by name."""
+    root = tmp_path_factory.mktemp("stages")
+    composed = [option for name in train.PARTS for option in (f"--{name}", parts[name])]
+    run("emotion", data, root / "emotion", *composed, *QFORMER, "--num_query_tokens", "4", "--num_frames", "2")
+    before = "emotion"
+    for stage in STAGES[1:]:
+        options = ["--model_name_or_path", str(root / before), "--lora_r", "4", "--lora_alpha", "8"]
+        run(stage, pairs if stage == "epo" else data, root / stage, *options[: None if stage in ("dialogue",) else 2])
+        before = stage
+    return {stage: str(root / stage) for stage in STAGES}
+
+
+def tensors(folder):
+    model = load_model(folder)
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    return {name.replace(".base_layer", ""): p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("before", "stage"), list(zip(STAGES, STAGES[1:], strict=False)))
+def test_each_stage_trains_exactly_its_parts(stages, before, stage):
+    old, new = tensors(stages[before]), tensors(stages[stage])
+    changed = {name for name in new if name not in old or not torch.equal(old[name], new[name])}
+    if stage in ("dialogue", "epo"):
+        expected = {name for name in new if ".lora_" in name}
+        assert len(expected) == 2 * 7 * 2  # A and B of seven linear layers in each of two layers
+        assert all("language_model" in name for name in expected)
+    else:
+        expected = {name for name in new if name.startswith(TRAINED_PARTS[stage])}
+        assert expected
+    # Rows of an embedding, and queries of attention, that the few samples never needed may stay as they were.
+    assert changed <= expected
+    assert len(changed) >= 0.9 * len(expected)
+
+
+def test_the_first_stage_trains_the_extractor_only(stages, parts):
+    fresh = read_stage(stages["emotion"])["base"]
+    torch.manual_seed(3)
+    from transformers import set_seed
+
+    set_seed(3)
+    old = dict(EmpathicForConditionalGeneration.from_parts_pretrained(**fresh).named_parameters())
+    new = tensors(stages["emotion"])
+    changed = {name for name in new if not torch.equal(old[name], new[name])}
+    expected = {name for name in new if name.startswith(TRAINED_PARTS["emotion"])}
+    assert changed <= expected and len(changed) >= 0.9 * len(expected)
+
+
+def test_stage_folders_hold_their_parts_and_name_their_base(stages):
+    for stage, folder in stages.items():
+        record = read_stage(folder)
+        assert record["stage"] == stage
+        files = os.listdir(folder)
+        assert ("adapter_model.safetensors" in files) == (stage in ("dialogue", "epo"))
+        assert ("trained_parts.safetensors" in files) == (stage not in ("dialogue", "epo"))
+        assert "model.safetensors" not in files
+    assert read_stage(stages["memory_multi"])["base"] == "../memory_single"
+    # The adapter goes on training from dialogue to epo, on the same base.
+    assert read_stage(stages["epo"])["base"] == read_stage(stages["dialogue"])["base"] == "../memory_multi"
+    assert set(load_file(os.path.join(stages["memory_single"], "trained_parts.safetensors"))) == set(
+        read_stage(stages["memory_single"])["trained"]
+    )
+
+
+@pytest.mark.parametrize("stage", ["memory_multi", "epo"])
+def test_from_pretrained_and_merge_give_the_same_model(stages, stage, tmp_path, clip):
+    processor = EmpathicProcessor.from_pretrained(stages[stage])
+    messages = [
+        {"role": "user", "content": "hello there"},
+        {"role": "user", "content": [{"type": "video", "path": clip}, {"type": "text", "text": "how are you"}]},
+    ]
+    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    trained = load_model(stages[stage]).eval()
+    loaded = EmpathicForConditionalGeneration.from_pretrained(stages[stage]).eval()
+    merge(stages[stage], str(tmp_path / "whole"))
+    whole, info = EmpathicForConditionalGeneration.from_pretrained(tmp_path / "whole", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad():
+        expected = trained(**inputs).logits
+        assert torch.equal(loaded(**inputs).logits, expected)
+        assert torch.allclose(whole.eval()(**inputs).logits, expected, atol=1e-4)
+
+
+def test_epo_raises_the_margin(stages, data, pairs, tmp_path):
+    options = ["--model_name_or_path", stages["dialogue"], "--max_steps", "12", "--learning_rate", "3e-3"]
+    run("epo", pairs, tmp_path / "epo", *options, "--logging_steps", "1")
+    logs = json.loads((tmp_path / "epo" / "trainer_state.json").read_text())["log_history"]
+    margins = [log["rewards/margins"] for log in logs if "rewards/margins" in log]
+    assert margins[-1] > margins[0] + 0.5
+
+
+def test_command_line_overrides_the_file(tmp_path):
+    config = tmp_path / "stage.yaml"
+    config.write_text("stage: dialogue\ndataset_name: [a]\noutput_dir: b\nlearning_rate: 0.5\nhistory: text\n")
+    script, args, _ = train.parse(["--config", str(config), "--learning_rate", "0.25"])
+    assert (script.stage, args.learning_rate, args.history) == ("dialogue", 0.25, "text")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("stage: emotions", "stage must be one of"), ("stage: dialogue\nhistory: all", "history must be one of")],
+)
+def test_wrong_values_in_the_file_are_named(tmp_path, line, message):
+    config = tmp_path / "stage.yaml"
+    config.write_text(f"{line}\ndataset_name: [a]\noutput_dir: b\n")
+    with pytest.raises(ValueError, match=message):
+        train.parse(["--config", str(config)])
+
+
+def test_a_stage_needs_a_model(data, tmp_path, parts):
+    with pytest.raises(ValueError, match="--memory are missing"):
+        run("emotion", data, tmp_path, *(o for n in ("text", "vision", "audio") for o in (f"--{n}", parts[n])))
+    with pytest.raises(ValueError, match="starts from an earlier stage"):
+        run("dialogue", data, tmp_path)
+
+
+def test_the_stream_knows_every_sample_by_its_number():
+    rows = list(range(7))
+    streams = [SampleStream([(1.0, rows, lambda row, rng: {"row": row, "x": rng.random()})], 21, 5) for _ in range(2)]
+    forwards, backwards = [streams[0][i] for i in range(21)], [streams[1][i] for i in reversed(range(21))][::-1]
+    assert forwards == backwards
+    for epoch in range(3):
+        assert sorted(sample["row"] for sample in forwards[7 * epoch : 7 * epoch + 7]) == rows
+    assert [s["row"] for s in forwards[:7]] != [s["row"] for s in forwards[7:14]]
+
+
+def test_the_stream_follows_its_weights():
+    sources = [(3.0, ["a"], lambda row, rng: {"row": row}), (1.0, ["b"], lambda row, rng: {"row": row})]
+    stream = SampleStream(sources, 2000, 0)
+    share = sum(stream[i]["row"] == "a" for i in range(2000)) / 2000
+    assert 0.71 < share < 0.79
+
+
+def test_emotion_samples_show_sound_picture_or_both():
+    import numpy as np
+
+    row = {"audio": {"path": "a"}, "video": {"path": "v"}, "text": "hi", "speaker": "x", "emotion": "sad"}
+    rng, counts = np.random.default_rng(0), {}
+    for _ in range(3000):
+        kinds = tuple(i["type"] for i in emotion_sample(row, rng)["messages"][0]["content"])
+        counts[kinds] = counts.get(kinds, 0) + 1
+    assert set(counts) == {("audio", "text"), ("video", "text"), ("audio", "video", "text")}
+    assert all(900 < count < 1100 for count in counts.values())
+    silent = emotion_sample({**row, "audio": None}, rng)["messages"][0]["content"]
+    assert [item["type"] for item in silent] == ["video", "text"]
+
+
+def test_runs_of_utterances_to_rebuild():
+    import numpy as np
+
+    rng, conversation = np.random.default_rng(0), list(range(10))
+    lengths = [len(draw_utterances(conversation, rng, 0.3, 5)) for _ in range(2000)]
+    assert set(lengths) == {1, 2, 3, 4, 5}
+    assert 0.26 < lengths.count(1) / 2000 < 0.34
+    assert draw_utterances(conversation, rng, 0.0, None) == conversation
+
+
+def test_collator_trains_on_the_target_alone(processor, clip):
+    sample = {
+        "messages": [{"role": "user", "content": [{"type": "audio", "path": clip}, {"type": "text", "text": "hello"}]}],
+        "task": "dialogue",
+        "history": "memory",
+        "target": "i am fine",
+        "seed": [0, 1],
+    }
+    batch = StageCollator(processor)([sample, {**sample, "target": "thanks"}])
+    labelled = [row[row != -100].tolist() for row in batch["labels"]]
+    assert labelled == [processor.encode_reply("i am fine"), processor.encode_reply("thanks")]
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        assert torch.equal(ids[labels != -100], labels[labels != -100])
+    assert not batch["video_mask"].any() and batch["input_features_mask"].any()
+    assert not batch["memory_attention_mask"].any()
+
+
+def test_an_unreadable_clip_is_reported_and_left_out(processor, clip, tmp_path, caplog):
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"")
+    content = [{"type": "audio", "path": str(broken)}, {"type": "video", "path": clip}]
+    sample = {"task": "emotion", "history": "memory", "target": "sad", "seed": [0, 1]}
+    good = {**sample, "messages": [{"role": "user", "content": content}]}
+    lost = {**sample, "messages": [{"role": "user", "content": content[:1]}]}
+    collator = StageCollator(processor)
+    import logging
+
+    logging.getLogger("empathic").propagate = True
+    with caplog.at_level("WARNING"):
+        batch = collator([good, lost])
+    assert len(batch["input_ids"]) == 1 and not batch["input_features_mask"].any() and batch["video_mask"].all()
+    assert "broken.mp4" in caplog.text
+    with pytest.raises(ValueError, match="could be read"):
+        collator([lost])
