@@ -26,9 +26,33 @@ def _prepare(arguments) -> int:
 
 
 def _counter(arguments) -> int:
-    from empathic.data_prep.counter import main
+    import torch
+    from datasets import load_dataset
 
-    return main(arguments)
+    from empathic.data_prep.counter import build_pairs, write_pairs
+    from empathic.data_prep.views import DialogueSamples
+    from empathic.evaluation.emotion_features import EmotionFeatures
+    from empathic.modeling_empathic import EmpathicForConditionalGeneration
+    from empathic.processing_empathic import EmpathicProcessor
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = EmpathicForConditionalGeneration.from_pretrained(arguments.model, dtype="auto").to(device)
+    processor = EmpathicProcessor.from_pretrained(arguments.model)
+    features = EmotionFeatures(arguments.classifier, pooling=arguments.pooling, device=device)
+    rows, reports = {}, {}
+    for split in arguments.splits:
+        samples = DialogueSamples(load_dataset(arguments.data, split=split))
+        rows[split], reports[split] = build_pairs(
+            samples,
+            model,
+            processor,
+            features,
+            threshold=arguments.threshold,
+            batch_size=arguments.batch_size,
+            max_new_tokens=arguments.max_new_tokens,
+        )
+    write_pairs(rows, reports, arguments.out)
+    return 0 if any(rows.values()) else 1
 
 
 def _train(arguments, rest: list[str]) -> int:
@@ -47,14 +71,15 @@ def _merge(arguments) -> int:
 
 
 def _chat(arguments) -> int:
-    from transformers import AutoModelForMultimodalLM, AutoProcessor, TextStreamer
+    from transformers import TextStreamer
 
-    import empathic.modeling_empathic  # noqa: F401 (registers the classes)
     from empathic.chat import ChatSession
     from empathic.media_empathic import MediaError
+    from empathic.modeling_empathic import EmpathicForConditionalGeneration
+    from empathic.processing_empathic import EmpathicProcessor
 
-    model = AutoModelForMultimodalLM.from_pretrained(arguments.model).eval()
-    processor = AutoProcessor.from_pretrained(arguments.model)
+    model = EmpathicForConditionalGeneration.from_pretrained(arguments.model, dtype="auto").eval()
+    processor = EmpathicProcessor.from_pretrained(arguments.model)
     session, clips = ChatSession(model, processor), {}
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     print("Say something. /audio FILE and /video FILE go with your next sentence (/clip FILE is both).")
@@ -142,9 +167,18 @@ def build_parser() -> argparse.ArgumentParser:
         "write counter-emotional replies and select preference pairs (paper's Sec. 3.3)",
         "empathic counter --model runs/dialogue --data data/meld --out data/meld-pairs",
     )
-    from empathic.data_prep.counter_arguments import add_arguments
-
-    add_arguments(sub)
+    sub.add_argument("--model", required=True, help="the model that will be trained; its adapter is switched off")
+    sub.add_argument("--data", required=True, help="folder of `empathic prepare`, or Hub id")
+    sub.add_argument("--out", required=True, help="folder to write; stage epo takes it as its data set")
+    sub.add_argument("--splits", nargs="+", default=["train"], help="splits to go through (%(default)s)")
+    sub.add_argument(
+        "--classifier", default="SamLowe/roberta-base-go_emotions", help="text emotion classifier (%(default)s)"
+    )
+    sub.add_argument("--pooling", default="mean", help="its features: mean, cls or probabilities (%(default)s)")
+    sub.add_argument("--threshold", type=float, default=0.1, help="a pair's similarity lies below it (%(default)s)")
+    sub.add_argument("--batch_size", type=int, default=32, help="prompts generated at once (%(default)s)")
+    sub.add_argument("--max_new_tokens", type=int, default=64, help="length of a reply at most (%(default)s)")
+    sub.add_argument("--device", default=None, help="cuda or cpu (a GPU if there is one)")
 
     sub = _command(
         commands,

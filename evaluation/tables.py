@@ -1,0 +1,81 @@
+"""What each stage taught: emotion accuracy (Fig. 6), rebuilding (Table 8), replies and rewards (Table 2)."""
+
+from pathlib import Path
+
+from empathic.evaluation.generation import generate_texts
+from empathic.evaluation.metrics import accuracy, bleu, content_recall, dist_1, emotion_score, exact_match
+from empathic.trainers.epo_config import EPOConfig
+from empathic.trainers.epo_trainer import EPOTrainer
+from empathic.trainers.samples import clip_message, rebuild_sample
+
+# Rows of Fig. 6: text always, media on top.
+EMOTION_SETTINGS = {"T": (), "AT": ("audio",), "VT": ("video",), "AVT": ("audio", "video")}
+
+
+def emotion_table(model, processor, rows, batch_size: int = 64) -> dict[str, float]:
+    """
+    Accuracy of the emotion named for labelled turn rows, from the sentence alone and with sound, picture or both.
+
+    Args:
+        rows: turn rows with an emotion, a sentence, sound and picture.
+    """
+    expected = [row["emotion"] for row in rows]
+    table = {}
+    for setting, modalities in EMOTION_SETTINGS.items():
+        conversations = [[clip_message(row, modalities)] for row in rows]
+        answers = generate_texts(
+            model, processor, conversations, "emotion", max_new_tokens=8, batch_size=batch_size, description=setting
+        )
+        table[setting] = accuracy(answers, expected)["accuracy"]
+    return table
+
+
+def reconstruction_row(model, processor, runs, content_words, batch_size: int = 64) -> dict[str, float]:
+    """
+    How well runs of utterances are rebuilt from their memory vectors (Table 8).
+
+    Args:
+        runs: lists of turn rows, each rebuilt at once.
+        content_words: the words whose recall is measured.
+
+    Returns:
+        `bleu1`, `bleu4`, `recall` of the content words, and `exact`: the share of runs that came back letter by letter.
+    """
+    samples = [rebuild_sample(run) for run in runs]
+    expected = [sample["target"] for sample in samples]
+    answers = generate_texts(
+        model,
+        processor,
+        [sample["messages"] for sample in samples],
+        "memory",
+        max_new_tokens=max(len(processor.encode_reply(text)) for text in expected) + 8,
+        batch_size=batch_size,
+        description=f"rebuild {max(map(len, runs))}",
+    )
+    return {
+        "bleu1": bleu(answers, expected, 1),
+        "bleu4": bleu(answers, expected, 4),
+        "recall": content_recall(answers, expected, content_words),
+        "exact": exact_match(answers, expected),
+    }
+
+
+def reply_row(replies: list[str], references: list[str], features) -> dict[str, float]:
+    """EmotionScore and Dist-1 of replies (Sec. 4.4)."""
+    return {"emotion_score": emotion_score(replies, references, features), "dist1": dist_1(replies)}
+
+
+def reward_row(model, processor, pairs, output_dir: str | Path, batch_size: int = 16) -> dict[str, float]:
+    """
+    How often, and by how much, the reward of Eq. 1 prefers the true reply of preference rows.
+
+    Args:
+        pairs: preference rows of held-out conversations.
+        output_dir: scratch folder of the trainer.
+    """
+    arguments = EPOConfig(
+        output_dir=str(output_dir), per_device_eval_batch_size=batch_size, report_to="none", disable_tqdm=True
+    )
+    trainer = EPOTrainer(model=model, args=arguments, eval_dataset=pairs, processing_class=processor)
+    metrics = trainer.evaluate()
+    return {"reward_accuracy": metrics["eval_rewards/accuracies"], "margin": metrics["eval_rewards/margins"]}
