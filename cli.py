@@ -22,7 +22,13 @@ def _prepare(arguments) -> int:
         num_workers=arguments.num_workers,
         split_seed=arguments.split_seed,
     )
-    return 0 if report["rows_written"] else 1
+    print(f"{report['rows']} turns are in {arguments.out}.")
+    for kind in ("left_out", "repaired"):
+        for entry in report[kind][:10]:
+            print(f"{kind.replace('_', ' ')}: {entry['item']}: {entry['reason']}")
+        if len(report[kind]) > 10:
+            print(f"... {len(report[kind]) - 10} more {kind.replace('_', ' ')}; all are in report.json.")
+    return 0 if report["rows"] else 1
 
 
 def _counter(arguments) -> int:

@@ -165,7 +165,7 @@ def evaluate_memory(root: Path, data) -> dict:
     model, processor = load_model(folder), EmpathicProcessor.from_pretrained(folder)
     seen = {row["text"] for row in data["train"]}
     single = [row for row in utterances(data["test"]) if row["text"] not in seen]
-    runs = [c[:5] for c in conversations(data["test"]) if len(c) >= 5]
+    runs = [c["turns"][:5] for c in conversations(data["test"]) if len(c["turns"]) >= 5]
     return {
         "1": reconstruction_row(model, processor, [[row] for row in pick(single, 2 * TEST_RUNS)], CONTENT_WORDS),
         "5": reconstruction_row(model, processor, pick(runs, TEST_RUNS), CONTENT_WORDS),
@@ -234,7 +234,7 @@ def quickstart(output: str = "runs/quickstart") -> dict:
     root.mkdir(parents=True, exist_ok=True)
     steps = Steps(root)
     steps.run("corpus", write_corpus, root / "recordings")
-    steps.run("data", lambda: prepare_folder(root / "recordings", root / "data", num_workers=2)["rows_written"])
+    steps.run("data", lambda: prepare_folder(root / "recordings", root / "data", num_workers=2)["rows"])
     steps.run("encoders", pretrain_encoders, root / "parts")
     steps.run("language model", write_parts, root / "parts")
 

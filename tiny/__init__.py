@@ -1,0 +1,1 @@
+"""The tiny preset: a synthetic corpus and parts small enough to train from scratch on a laptop."""
