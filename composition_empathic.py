@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, CLIPModel, CLIPVisionModel
 from transformers import initialization as init
 from transformers.utils import cached_file
 
@@ -28,14 +28,21 @@ PRETRAINED_PREFIXES = (
 )
 
 
-def find_file(path: str, name: str) -> str | None:
-    """A file of a local folder or a Hub repository, or None."""
-    return cached_file(path, name, _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False)
+# Arguments of `from_pretrained` that say how to fetch files; the second group says it of one repository only.
+HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+REPOSITORY_KEYS = ("revision", "subfolder")
 
 
-def read_stage(path: str) -> dict | None:
+def find_file(path: str, name: str, **hub) -> str | None:
+    """A file of a local folder or a Hub repository, or None. `hub`: `HUB_KEYS` and `REPOSITORY_KEYS`."""
+    return cached_file(
+        path, name, _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False, **hub
+    )
+
+
+def read_stage(path: str, **hub) -> dict | None:
     """The stage file of a folder or Hub repository: `stage`, `base` (a folder, an id or the four parts), `trained`."""
-    file = find_file(str(path), STAGE_FILE)
+    file = find_file(str(path), STAGE_FILE, **hub)
     return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
 
 
@@ -45,14 +52,14 @@ def resolve_base(path: str, base: str) -> str:
     return str(beside.resolve()) if beside.is_dir() else base
 
 
-def load_parts(model, path: str, names: list[str]) -> None:
+def load_parts(model, path: str, names: list[str], **hub) -> None:
     """
     Puts the tensors of a stage's `trained_parts.safetensors` into the model.
 
     Raises:
         ValueError: naming the keys that are missing, unexpected, or of another shape.
     """
-    file = find_file(path, PARTS_FILE)
+    file = find_file(path, PARTS_FILE, **hub)
     if file is None:
         raise ValueError(
             f"{path} names {len(names)} trained tensors but holds no {PARTS_FILE}: the folder is incomplete."
@@ -60,7 +67,7 @@ def load_parts(model, path: str, names: list[str]) -> None:
     tensors, state = load_file(file), dict(model.named_parameters())
     problems = {
         "missing": sorted(set(names) - set(tensors)),
-        "unexpected": sorted(set(tensors) - set(state)),
+        "unexpected": sorted(set(tensors) - (set(names) & set(state))),
         "of another shape": sorted(k for k, v in tensors.items() if k in state and state[k].shape != v.shape),
     }
     if any(problems.values()):
@@ -81,24 +88,42 @@ class CompositionMixin:
         adapter that the stage trained.
         """
         path = str(pretrained_model_name_or_path)
-        adapter = (kwargs.get("adapter_kwargs") or {}).pop("_adapter_model_path", None)
-        stage = read_stage(path)
+        hub = {key: kwargs[key] for key in HUB_KEYS + REPOSITORY_KEYS if kwargs.get(key) is not None}
+        stage = read_stage(path, **hub)
         if stage is None:
-            model = super().from_pretrained(path, *args, **kwargs)
-            if adapter is not None:
-                model.load_adapter(adapter)
-            return model
-        kwargs.pop("config", None)  # the base brings its own
+            return super().from_pretrained(path, *args, **kwargs)
+        # The auto classes name an adapter apart from the path: this folder's own, or one that was trained on it.
+        adapter_kwargs = dict(kwargs.pop("adapter_kwargs", None) or {})
+        other_adapter = adapter_kwargs.pop("_adapter_model_path", None)
+        for key in REPOSITORY_KEYS:
+            kwargs.pop(key, None)
+        config = kwargs.pop("config", None)  # the base brings its own; the auto classes leave the attention in this one
+        if config is not None and "attn_implementation" not in kwargs:
+            asked = {key: getattr(config, key)._attn_implementation for key in config.sub_configs}
+            asked = {key: value for key, value in {"": config._attn_implementation, **asked}.items() if value}
+            if asked:
+                kwargs["attn_implementation"] = asked
+        info = None
         if isinstance(stage["base"], dict):
+            base = {key: resolve_base(path, v) if isinstance(v, str) else v for key, v in stage["base"].items()}
             options = {k: kwargs[k] for k in ("dtype", "attn_implementation") if k in kwargs}
-            model = cls.from_parts_pretrained(**{**stage["base"], **options})
+            model = cls.from_parts_pretrained(**{**base, **options})
         else:
             model = cls.from_pretrained(resolve_base(path, stage["base"]), *args, **kwargs)
+            if kwargs.get("output_loading_info"):
+                model, info = model
         if stage["trained"]:
-            load_parts(model, path, stage["trained"])
-        if find_file(path, ADAPTER_CONFIG) is not None:
-            model.load_adapter(path)
-        return model
+            load_parts(model, path, stage["trained"], **hub)
+        if find_file(path, ADAPTER_CONFIG, **hub) is not None:
+            model.load_adapter(path, adapter_kwargs=hub)
+        elif not stage["trained"]:
+            raise ValueError(
+                f"{path} is the folder of the stage {stage['stage']!r}, but it names no trained tensors and holds no "
+                f"{ADAPTER_CONFIG}: the folder is incomplete."
+            )
+        if other_adapter is not None and str(other_adapter) != path:
+            model.load_adapter(other_adapter, adapter_kwargs=adapter_kwargs)
+        return model if info is None else (model, info)
 
     @classmethod
     def from_parts_pretrained(
@@ -130,9 +155,16 @@ class CompositionMixin:
         if attn_implementation is not None:
             options["attn_implementation"] = attn_implementation
         language_model = AutoModelForCausalLM.from_pretrained(text, **options)
-        vision_tower = CLIPVisionModel.from_pretrained(vision, **options)
+        options["dtype"] = language_model.dtype  # the same for all, also where `dtype` is "auto"
+        if AutoConfig.from_pretrained(vision).model_type == "clip":  # a whole CLIP, with its text tower
+            vision_tower = CLIPModel.from_pretrained(vision, **options).vision_model
+        else:
+            vision_tower = CLIPVisionModel.from_pretrained(vision, **options)
         audio_tower = AutoModel.from_pretrained(audio, **options).get_encoder()
-        mamba = AutoModel.from_pretrained(memory, dtype=dtype)
+        mamba = AutoModel.from_pretrained(memory, dtype=language_model.dtype)
+        for part in (language_model, vision_tower, audio_tower, mamba):
+            if Path(part.config.name_or_path).is_dir():  # a folder of this machine means nothing in a checkpoint
+                part.config.name_or_path = ""
 
         tokenizer, memory_tokenizer = AutoTokenizer.from_pretrained(text), AutoTokenizer.from_pretrained(memory)
         tokens = find_placeholder_tokens(tokenizer, video=video_token, audio=audio_token, memory=memory_token)
@@ -152,7 +184,7 @@ class CompositionMixin:
         # The pretrained parts take the place of theirs before anything is initialised: only what is new is.
         with init.no_init_weights():
             model = cls._from_config(config, dtype=language_model.dtype, attn_implementation=attn_implementation)
-        model.model.language_model, model.lm_head = language_model.base_model, language_model.lm_head
+        model.model.language_model, model.lm_head = language_model.base_model, language_model.get_output_embeddings()
         model.model.vision_tower, model.model.audio_tower = vision_tower, audio_tower
         model.model.memory.mamba = use_exact_layers(mamba)
         for part in (language_model, vision_tower, audio_tower, mamba):
@@ -161,4 +193,5 @@ class CompositionMixin:
         model.initialize_weights()
         model.tie_weights()
         model.generation_config = language_model.generation_config
+        model.suppress_placeholders()
         return model.eval()

@@ -136,6 +136,8 @@ class EmpathicConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.id2label is None:
             self.id2label = dict(enumerate(EMOTIONS))
+        if self.label2id is None:
+            self.label2id = {label: int(index) for index, label in self.id2label.items()}
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         qformers = ("video_qformer_config", "audio_qformer_config")
         given = {key: getattr(self, key) for key in qformers}
@@ -182,5 +184,9 @@ class EmpathicConfig(PreTrainedConfig):
 
 
 EmpathicConfig.register_for_auto_class()
+
+# The package registers its classes; a checkpoint's own copy of this file is found through its `auto_map`.
+if __name__ == "empathic.configuration_empathic":
+    AutoConfig.register("empathic", EmpathicConfig, exist_ok=True)
 
 __all__ = ["EMOTIONS", "EmpathicConfig"]

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForMultimodalLM,
     Blip2QFormerModel,
@@ -40,7 +39,7 @@ MEDIA_KEYS = (
 class EmpathicModelOutputWithPast(BaseModelOutputWithPast):
     r"""
     video_hidden_states, audio_hidden_states (`torch.FloatTensor`, *optional*):
-        The vectors of the clips `(batch_size, num_query_tokens, hidden_size)`, in the LLM's embedding space.
+        The vectors of the clips there are `(clips, num_query_tokens, hidden_size)`, in the LLM's embedding space.
     memory_hidden_states (`torch.FloatTensor` of shape `(num_utterances, hidden_size)`, *optional*):
         The memory vectors, in batch order, then utterance order.
     """
@@ -99,7 +98,10 @@ class EmpathicPreTrainedModel(PreTrainedModel):
         super().set_attn_implementation(self.config.attn_implementation_by_part(attn_implementation), **kwargs)
 
     def train(self, mode: bool = True):
-        """As in torch, but a part that is frozen as a whole stays in evaluation mode: no dropout on frozen features."""
+        """
+        As in torch, but a part that is frozen as a whole stays in evaluation mode: no dropout on frozen features. The
+        LLM does not: in evaluation mode its layers would not be checkpointed, and gradients pass through them.
+        """
         super().train(mode)
         if mode:
             body = self.base_model
@@ -148,7 +150,7 @@ class EmpathicModel(EmpathicPreTrainedModel):
         mask[:, 0] |= ~mask.any(dim=1)
         outputs = qformer(
             query_embeds=query_tokens.expand(hidden_states.shape[0], -1, -1),
-            encoder_hidden_states=hidden_states,
+            encoder_hidden_states=hidden_states.to(query_tokens.dtype),
             encoder_attention_mask=mask.long(),
         )
         vectors = projector(outputs.last_hidden_state.to(projector.linear.weight.dtype))
@@ -283,22 +285,15 @@ class EmpathicModel(EmpathicPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
-        queries = self.config.num_query_tokens
         video = audio = memory = None
-        vectors = []  # (modality, placeholder id, vectors of the batch (n, hidden), vectors a row (batch,))
         if pixel_values_videos is not None:
-            video = self.get_video_features(pixel_values_videos, video_mask).pooler_output
-            present = torch.ones(len(video), dtype=torch.bool) if video_mask is None else video_mask.any(dim=1)
-            vectors.append(("video", self.config.video_token_id, video, present.to(video.device)))
+            video, counts = self._encode_present(self.get_video_features, pixel_values_videos, video_mask)
+            mask = self.get_placeholder_mask(self.config.video_token_id, input_ids, inputs_embeds, counts, "video")
+            inputs_embeds = self._place(inputs_embeds, mask, video[: (counts > 0).sum()].flatten(0, 1))
         if input_features is not None:
-            audio = self.get_audio_features(input_features, input_features_mask).pooler_output
-            present = torch.ones(len(audio), dtype=torch.bool) if input_features_mask is None else None
-            present = input_features_mask.any(dim=1) if present is None else present
-            vectors.append(("audio", self.config.audio_token_id, audio, present.to(audio.device)))
-        for modality, token_id, features, present in vectors:
-            counts = present.long() * queries
-            mask = self.get_placeholder_mask(token_id, input_ids, inputs_embeds, counts, modality)
-            inputs_embeds = self._place(inputs_embeds, mask, features[present].flatten(0, 1), features)
+            audio, counts = self._encode_present(self.get_audio_features, input_features, input_features_mask)
+            mask = self.get_placeholder_mask(self.config.audio_token_id, input_ids, inputs_embeds, counts, "audio")
+            inputs_embeds = self._place(inputs_embeds, mask, audio[: (counts > 0).sum()].flatten(0, 1))
         if memory_input_ids is not None:
             memory = self.get_memory_features(memory_input_ids, memory_attention_mask)
             is_mem = memory_input_ids == self.config.mem_token_id
@@ -307,15 +302,28 @@ class EmpathicModel(EmpathicPreTrainedModel):
             mask = self.get_placeholder_mask(
                 self.config.memory_token_id, input_ids, inputs_embeds, is_mem.sum(dim=1), "memory"
             )
-            inputs_embeds = self._place(inputs_embeds, mask, memory, memory)
+            inputs_embeds = self._place(inputs_embeds, mask, memory)
         elif memory_embeds is not None:
             counts = torch.full((len(memory_embeds),), memory_embeds.shape[1], device=memory_embeds.device)
             if input_ids is not None:  # rows may have fewer utterances than the longest
-                counts = torch.minimum(counts, (input_ids == self.config.memory_token_id).sum(dim=1))
+                placeholders = (input_ids == self.config.memory_token_id).sum(dim=1)
+                if placeholders.max() == counts.max():
+                    counts = placeholders
             mask = self.get_placeholder_mask(self.config.memory_token_id, input_ids, inputs_embeds, counts, "memory")
             kept = torch.arange(memory_embeds.shape[1], device=counts.device) < counts[:, None]
             memory = memory_embeds[kept]
-            inputs_embeds = self._place(inputs_embeds, mask, memory, memory)
+            inputs_embeds = self._place(inputs_embeds, mask, memory)
+
+        # Placeholders whose vectors were left out. Steps that continue a cache write none.
+        if input_ids is not None and (past_key_values is None or past_key_values.get_seq_length() == 0):
+            nothing = input_ids.new_zeros(len(input_ids))
+            for modality, token_id, given in (
+                ("video", self.config.video_token_id, pixel_values_videos),
+                ("audio", self.config.audio_token_id, input_features),
+                ("memory", self.config.memory_token_id, memory_input_ids if memory_embeds is None else memory_embeds),
+            ):
+                if given is None:
+                    self.get_placeholder_mask(token_id, input_ids, inputs_embeds, nothing, modality)
 
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -334,14 +342,26 @@ class EmpathicModel(EmpathicPreTrainedModel):
             memory_hidden_states=memory,
         )
 
+    def _encode_present(self, encode, values, mask):
+        """
+        Vectors (clips, num_query_tokens, hidden_size) of the rows that have a clip, and how many each row has (batch,).
+
+        Where none has, the first row is encoded all the same: every process of a distributed run uses every module.
+        """
+        if mask is None:
+            mask = values.new_ones(values.shape[0], 1, dtype=torch.long)
+            rows, masks = values, None
+        else:
+            chosen = mask.any(dim=1)
+            chosen = chosen if chosen.any() else torch.arange(len(mask), device=mask.device) == 0
+            rows, masks = values[chosen], mask[chosen]
+        return encode(rows, masks).pooler_output, mask.any(dim=1).long() * self.config.num_query_tokens
+
     @staticmethod
-    def _place(inputs_embeds, mask, vectors, computed):
-        """Vectors into their placeholders. What was computed for absent clips stays in the graph with weight zero:
+    def _place(inputs_embeds, mask, vectors):
+        """Vectors into their placeholders. Also where there are none of them, what computed them stays in the graph:
         every process of a distributed run then has a gradient, of zero, for every trained parameter."""
-        inputs_embeds = inputs_embeds.masked_scatter(mask, vectors.to(inputs_embeds))
-        if computed.requires_grad:
-            inputs_embeds = inputs_embeds + 0.0 * computed.sum().to(inputs_embeds)
-        return inputs_embeds
+        return inputs_embeds.masked_scatter(mask, vectors.to(inputs_embeds))
 
 
 class EmpathicForConditionalGeneration(CompositionMixin, EmpathicPreTrainedModel, GenerationMixin):
@@ -364,13 +384,23 @@ class EmpathicForConditionalGeneration(CompositionMixin, EmpathicPreTrainedModel
     ```
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # see __init__
 
     def __init__(self, config: EmpathicConfig):
         super().__init__(config)
         self.model = EmpathicModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        # The table has another name in some LLMs (`wte` in GPT-2).
+        table = next(name for name, module in self.named_modules() if module is self.get_input_embeddings())
+        self._tied_weights_keys = {"lm_head.weight": f"{table}.weight"}
         self.post_init()
+        self.suppress_placeholders()
+
+    def suppress_placeholders(self):
+        """Lets `generate` never write a placeholder: it stands for a vector that no reply has."""
+        config, generation = self.config, self.generation_config
+        placeholders = {config.video_token_id, config.audio_token_id, config.memory_token_id}
+        generation.suppress_tokens = sorted(placeholders | set(generation.suppress_tokens or ()))
 
     def get_input_embeddings(self):
         return self.model.get_input_embeddings()
@@ -473,9 +503,8 @@ class EmpathicForConditionalGeneration(CompositionMixin, EmpathicPreTrainedModel
 EmpathicModel.register_for_auto_class("AutoModel")
 EmpathicForConditionalGeneration.register_for_auto_class("AutoModelForMultimodalLM")
 
-# The package registers its classes; a checkpoint's own copy of this file is found through its `auto_map`.
+# As in configuration_empathic.py.
 if __name__ == "empathic.modeling_empathic":
-    AutoConfig.register("empathic", EmpathicConfig, exist_ok=True)
     AutoModel.register(EmpathicConfig, EmpathicModel, exist_ok=True)
     AutoModelForMultimodalLM.register(EmpathicConfig, EmpathicForConditionalGeneration, exist_ok=True)
 

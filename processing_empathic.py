@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import (
-    AutoConfig,
     AutoFeatureExtractor,
     AutoImageProcessor,
     AutoProcessor,
@@ -470,9 +469,8 @@ class EmpathicProcessor(ProcessorMixin):
 
 EmpathicProcessor.register_for_auto_class()
 
-# The package registers its classes; a checkpoint's own copy of this file is found through its `auto_map`.
+# As in configuration_empathic.py.
 if __name__ == "empathic.processing_empathic":
-    AutoConfig.register("empathic", EmpathicConfig, exist_ok=True)
     AutoProcessor.register(EmpathicConfig, EmpathicProcessor, exist_ok=True)
 
 __all__ = ["EmpathicProcessor"]

@@ -20,18 +20,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from datasets import Features, Value, load_dataset
+from datasets import Features, Value
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.utils import logging
 
 from empathic.configuration_empathic import EMOTIONS
-from empathic.data_prep.views import DialogueSamples
 from empathic.evaluation.metrics import cosine
 
 logger = logging.get_logger(__name__)
@@ -281,6 +279,7 @@ class _Audit:
     lowest: list[float] = field(default_factory=list)  # the lowest similarity of each sample that has one
     left_out: list[dict] = field(default_factory=list)
     dropped: list[dict] = field(default_factory=list)
+    distinct: list[int] = field(default_factory=list)  # different candidates of each sample
     written: int = 0
     unfinished: int = 0
 
@@ -301,13 +300,18 @@ class _Audit:
             warnings.append(
                 f"{self.unfinished} of {self.written} candidates were cut off before their end. Raise max_new_tokens."
             )
+        distinct = float(np.mean(self.distinct)) if self.distinct else None
+        if distinct is not None and distinct < 2 and len(settings["emotions"]) > 1:
+            warnings.append(
+                f"A sample has {distinct:.1f} different candidates of {len(settings['emotions'])} on average: the "
+                "model does not heed the emotion that it is given."
+            )
         for warning in warnings:
             logger.warning(warning)
         return {
             **settings,
             "pairs": len(rows),
             "passed_threshold": passed,
-            "splits": dict(Counter(row["split"] for row in rows)),
             "rejected_emotions": histogram,
             "lowest_similarity": {
                 name: float(np.quantile(self.lowest, share)) if self.lowest else None
@@ -315,6 +319,7 @@ class _Audit:
             },
             "candidates": {
                 "written": self.written,
+                "distinct": distinct,
                 "dropped": dict(Counter(item["reason"] for item in self.dropped)),
                 "unfinished": self.unfinished,
             },
@@ -332,6 +337,7 @@ def sample_name(sample: dict) -> str:
 def _select(sample: dict, candidates: list[dict], features, threshold: float, audit: _Audit) -> dict | None:
     """The preference row of a sample, or None; the candidates get their similarities."""
     name, kept = sample_name(sample), []
+    audit.distinct.append(len({normalised(candidate["text"]) for candidate in candidates}))
     for candidate in candidates:
         audit.written += 1
         audit.unfinished += not candidate.pop("finished")
@@ -492,42 +498,47 @@ def _for_arrow(row: dict) -> dict:
     return {**row, "prompt": prompt}
 
 
-def write_pairs(rows: Sequence[dict], report: dict, out: str | os.PathLike) -> None:
+def write_pairs(rows: dict[str, Sequence[dict]], reports: dict[str, dict], out: str | os.PathLike) -> None:
     """
     Writes OUT/data/{split}-00000-of-00001.parquet, a card that names them, and report.json.
 
-    `datasets.load_dataset(OUT)` reads it. Files of an earlier run are replaced once the new ones are whole; without any
-    row only report.json is written.
+    `datasets.load_dataset(OUT)` reads it. Files of an earlier run are replaced once the new ones are whole. A split
+    without rows has no file; if none has any, only report.json is written.
 
     Args:
-        rows, report: of `build_pairs`.
+        rows, reports: what `build_pairs` gave for each split.
         out: a folder; made if it is not there.
+
+    Raises:
+        ValueError: for a row whose media is neither a path nor bytes, naming its sample.
     """
     out = Path(out)
     data = out / "data"
     data.mkdir(parents=True, exist_ok=True)
     schema = pair_features().arrow_schema
-    splits = list(dict.fromkeys(row["split"] for row in rows))
-    names = {split: f"{split}-00000-of-00001.parquet" for split in splits}
+    names = {split: f"{split}-00000-of-00001.parquet" for split, kept in rows.items() if kept}
     for split, name in names.items():
-        chosen = [row for row in rows if row["split"] == split]
         with pq.ParquetWriter(data / f"{name}.part", schema) as writer:
-            for start in range(0, len(chosen), ROWS_AT_ONCE):
-                group = [_for_arrow(row) for row in chosen[start : start + ROWS_AT_ONCE]]
+            for start in range(0, len(rows[split]), ROWS_AT_ONCE):
+                group = [_for_arrow(row) for row in rows[split][start : start + ROWS_AT_ONCE]]
                 writer.write_table(pa.Table.from_pylist(group, schema=schema))
     if names:
         for old in data.glob("*-?????-of-?????.parquet"):
             old.unlink()
         for name in names.values():
             os.replace(data / f"{name}.part", data / name)
-        (out / "README.md").write_text(_card(report, names), encoding="utf-8")
-    (out / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (out / "README.md").write_text(_card(reports, names), encoding="utf-8")
+    (out / "report.json").write_text(json.dumps(reports, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _card(report: dict, names: dict[str, str]) -> str:
+def _card(reports: dict[str, dict], names: dict[str, str]) -> str:
     files = "\n".join(f"  - split: {split}\n    path: data/{name}" for split, name in names.items())
-    counts = ", ".join(f"{count} {split}" for split, count in report["splits"].items())
-    chosen = ", ".join(f"{emotion} {count}" for emotion, count in report["rejected_emotions"].items())
+    table = ""
+    for split in names:
+        report = reports[split]
+        chosen = ", ".join(f"{emotion} {count}" for emotion, count in report["rejected_emotions"].items())
+        columns = (split, report["samples"], report["pairs"], chosen, report["threshold"], report["features"])
+        table += "| " + " | ".join(map(str, columns)) + " |\n"
     return f"""---
 configs:
 - config_name: default
@@ -537,40 +548,12 @@ configs:
 
 # Counter-emotional preference pairs
 
-{report["pairs"]} pairs ({counts}) of {report["samples"]} samples, for any preference trainer that reads `prompt`,
-`chosen` and `rejected`. Rejected is the reply, written by the model for a given emotion, that is least like the true
-reply in emotion: cosine below {report["threshold"]} ({report["features"]}).
+For any preference trainer that reads `prompt`, `chosen` and `rejected`. Chosen is the true reply. Rejected is, of the
+replies that the model wrote for each emotion, the one least like the true reply in emotion, if their cosine is below
+the threshold.
 
-Emotions of the rejected replies: {chosen}. `report.json` has all settings and names what was left out, and why.
+| split | samples | pairs | emotions of the rejected replies | threshold | features |
+|---|---|---|---|---|---|
+{table}
+`report.json` has all settings, and names what was left out, and why.
 """
-
-
-def main(arguments) -> int:
-    """`empathic counter`: pairs of a prepared corpus. Exit status 0 if a pair was written, else 1."""
-    from empathic.evaluation.emotion_features import EmotionFeatures
-    from empathic.modeling_empathic import EmpathicForConditionalGeneration
-    from empathic.processing_empathic import EmpathicProcessor
-
-    corpus = load_dataset(arguments.data)
-    unknown = set(arguments.splits or ()) - set(corpus)
-    if unknown:
-        raise ValueError(f"{arguments.data} has no split {', '.join(sorted(unknown))}; it has {', '.join(corpus)}.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = EmpathicForConditionalGeneration.from_pretrained(arguments.model, dtype="auto").to(device)
-    rows, report = build_pairs(
-        ConcatDataset([DialogueSamples(corpus[split]) for split in arguments.splits or corpus]),
-        model,
-        EmpathicProcessor.from_pretrained(arguments.model),
-        EmotionFeatures(arguments.classifier, arguments.pooling, device=device),
-        threshold=arguments.threshold,
-        batch_size=arguments.batch_size,
-        seed=arguments.seed,
-        do_sample=not arguments.greedy,
-        use_adapter=arguments.use_adapter,
-        history=arguments.history,
-        max_new_tokens=arguments.max_new_tokens,
-    )
-    write_pairs(rows, report, arguments.out)
-    print(f"{report['pairs']} pairs of {report['samples']} samples are in {arguments.out} ({report['features']}).")
-    print(f"{len(report['left_out'])} samples were left out: {Path(arguments.out) / 'report.json'} says why.")
-    return 0 if rows else 1

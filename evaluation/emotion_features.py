@@ -1,8 +1,8 @@
 """The emotion of a text as a vector: features of a RoBERTa trained on GoEmotions (paper's Sec. 3.3 and 4.4).
 
-The paper does not say which features it takes. `mean` is the default here, and `EmotionFeatures.description` goes beside
-every score. How far apart two emotions lie depends on it much: the last layer of a RoBERTa has a large part that all
-texts share, so that hardly any pair may fall under the paper's threshold of 0.1; `probabilities` has no such part.
+The paper does not say which features it takes. `mean` is the default here, and `EmotionFeatures.description` goes
+beside every score. How far apart two emotions lie depends on it much: the vectors of a RoBERTa's last layer may have a
+large part that all texts share, and then hardly any pair falls under the paper's threshold of 0.1.
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ class EmotionFeatures:
         architectures = AutoConfig.from_pretrained(self.model_name).architectures or []
         if not any(name.endswith("ForSequenceClassification") for name in architectures):
             raise ValueError(
-                f"{self.model_name} holds {', '.join(architectures) or 'no named architecture'}, not a text classifier. "
+                f"{self.model_name} is no text classifier (it holds {', '.join(architectures) or 'nothing named'}). "
                 f"Name one that was trained on emotions, such as {GO_EMOTIONS}."
             )
         if pooling == "probabilities":
@@ -58,8 +58,10 @@ class EmotionFeatures:
         else:
             verbosity = logging.get_verbosity()
             logging.set_verbosity_error()  # without its head the classifier is reported as a broken checkpoint
-            transformer = Transformer(self.model_name, model_kwargs={"dtype": torch.float32})
-            logging.set_verbosity(verbosity)
+            try:
+                transformer = Transformer(self.model_name, model_kwargs={"dtype": torch.float32})
+            finally:
+                logging.set_verbosity(verbosity)
             pool = Pooling(transformer.get_embedding_dimension(), pooling_mode=pooling)
             self._encoder = SentenceTransformer(modules=[transformer, pool], device=self.device)
 

@@ -1,7 +1,7 @@
 """The metrics of the paper's Sec. 4.4 and Table 8, and those that keep them honest.
 
-Each is a pure function of two lists, row by row. Every score lies between 0 and 1, except `emotion_score` (-1 to 1), and
-more is better. A reply that is empty or no string has no emotion and no words: `emotion_score`, `dist_1` and
+Each is a pure function of two lists, row by row. Every score lies between 0 and 1, except `emotion_score` (-1 to 1),
+and more is better. A reply that is empty or no string has no emotion and no words: `emotion_score`, `dist_1` and
 `corpus_dist_1` raise a ValueError that names its row. The other metrics count an empty prediction as wrong.
 """
 
@@ -75,8 +75,8 @@ def dist_1(predictions: Sequence[str]) -> float:
     """
     Dist-1 as the paper reports it (Sec. 4.4; Li et al., 2016): unique 1-grams / 1-grams of each reply, averaged.
 
-    The paper's values (above 0.9, Table 1) are possible a reply at a time only: over a whole corpus words repeat. Tokens
-    are lower-case words and punctuation marks (`tokens_of`). Short replies score high: compare it at similar lengths.
+    The paper's values (Table 1) are possible a reply at a time only: over a whole corpus words repeat. Tokens are
+    lower-case words and punctuation marks (`tokens_of`). Short replies score high: compare it at similar lengths.
 
     Returns:
         above 0, to 1.
@@ -139,8 +139,8 @@ def word_recall(predictions: Sequence[str], words: Sequence[Sequence[str]]) -> f
     """
     The share of the wanted words that are said: each row has its own list of them.
 
-    Use it for what only the history could tell: a name, a city. The words of all rows count alike; a word that is wanted
-    twice has to be said twice. Case does not count.
+    Use it for what only the history could tell: a name, a city. The words of all rows count alike; a word that is
+    wanted twice has to be said twice. Case does not count.
 
     Args:
         predictions: the texts.
@@ -173,8 +173,8 @@ def content_recall(predictions: Sequence[str], references: Sequence[str], conten
     """
     The share of the references' content words that the predictions say (beside BLEU for rebuilt conversations).
 
-    BLEU is high for sentences of the right pattern with the wrong names: two random utterances of a small grammar share a
-    third of their words. This counts what carries the content.
+    BLEU is high for sentences of the right pattern with the wrong names: two random utterances of a small grammar share
+    a third of their words. This counts what carries the content.
 
     Args:
         predictions: the texts; an empty one recalls nothing.

@@ -133,6 +133,7 @@ def _save_vision(folder):
 
     vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32)
     text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=99)
+    text |= dict(bos_token_id=1, eos_token_id=2)
     CLIPModel(CLIPConfig(vision_config={**vision, "patch_size": 16}, text_config=text)).save_pretrained(folder)
     size = {"height": 32, "width": 32}
     CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size).save_pretrained(folder)

@@ -116,10 +116,10 @@ def _draw(face: np.ndarray, colors: dict, place: np.ndarray, scale: float) -> np
         disc(side * 0.30, -0.12, 0.17, 0.03 + 0.09 * (eyes + 1), "white")
         disc(side * 0.30, -0.12, 0.08, min(0.09, 0.03 + 0.09 * (eyes + 1)), "black")
         brow = -0.44 - 0.13 * height
-        ends = np.array([(side * 0.14, brow - 0.13 * angle), (side * 0.48, brow + 0.13 * angle)])
+        ends = np.array([(side * 0.14, brow - 0.18 * angle), (side * 0.48, brow + 0.18 * angle)])
         draw.line(at(ends), fill=colors["brow"], width=line)
     draw.line(at(NOSE), fill=colors["brow"], width=1)
-    x, middle_line = 0.34 * ACROSS, 0.52 + 0.20 * curve * (0.5 - ACROSS**2)  # corners up where the curve is positive
+    x, middle_line = 0.40 * ACROSS, 0.50 + 0.36 * curve * (0.5 - ACROSS**2)  # corners up where the curve is positive
     gap = 0.02 + 0.13 * (opening + 1) * np.sqrt(1 - ACROSS**2)
     upper, lower = np.stack([x, middle_line - gap], axis=1), np.stack([x, middle_line + gap], axis=1)
     draw.polygon(at(np.concatenate([upper, lower[::-1]])), fill=colors["mouth"])

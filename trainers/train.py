@@ -64,6 +64,10 @@ class ScriptArguments:
     qformer_layers: int = field(default=6, metadata={"help": "New model: layers of each Q-former."})
     qformer_heads: int = field(default=8, metadata={"help": "New model: attention heads of each Q-former."})
     qformer_width: int = field(default=768, metadata={"help": "New model: hidden size of each Q-former."})
+    qformer_dropout: float = field(default=0.1, metadata={"help": "New model: dropout of each Q-former."})
+    qformer_init: float = field(
+        default=0.02, metadata={"help": "New model: standard deviation of a Q-former's weights at the start."}
+    )
     max_audio_seconds: float = field(default=120.0, metadata={"help": "New model: sound past this is cut."})
     with_text: bool = field(default=False, metadata={"help": "New model: whether task emotion shows the sentence."})
 
@@ -114,6 +118,9 @@ def build_model(script: ScriptArguments, model_args: ModelConfig):
         "num_attention_heads": script.qformer_heads,
         "hidden_size": script.qformer_width,
         "intermediate_size": 4 * script.qformer_width,
+        "hidden_dropout_prob": script.qformer_dropout,
+        "attention_probs_dropout_prob": script.qformer_dropout,
+        "initializer_range": script.qformer_init,
     }
     base = {**parts, **sizes, "video_qformer_config": qformer, "audio_qformer_config": qformer}
     model = EmpathicForConditionalGeneration.from_parts_pretrained(**base, **options)
