@@ -30,6 +30,7 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 from transformers.utils import logging
 
 from empathic.configuration_empathic import EMOTIONS
+from empathic.data_prep.writer import publish_parquet
 from empathic.evaluation.metrics import cosine
 
 logger = logging.get_logger(__name__)
@@ -500,7 +501,7 @@ def _for_arrow(row: dict) -> dict:
 
 def write_pairs(rows: dict[str, Sequence[dict]], reports: dict[str, dict], out: str | os.PathLike) -> None:
     """
-    Writes OUT/data/{split}-00000-of-00001.parquet, a card that names them, and report.json.
+    Writes OUT/data/{split}-00000-of-00001-{digest}.parquet, a card that names them, and report.json.
 
     `datasets.load_dataset(OUT)` reads it. Files of an earlier run are replaced once the new ones are whole. A split
     without rows has no file; if none has any, only report.json is written.
@@ -516,17 +517,14 @@ def write_pairs(rows: dict[str, Sequence[dict]], reports: dict[str, dict], out: 
     data = out / "data"
     data.mkdir(parents=True, exist_ok=True)
     schema = pair_features().arrow_schema
-    names = {split: f"{split}-00000-of-00001.parquet" for split, kept in rows.items() if kept}
-    for split, name in names.items():
-        with pq.ParquetWriter(data / f"{name}.part", schema) as writer:
+    splits = [split for split, kept in rows.items() if kept]
+    for split in splits:
+        with pq.ParquetWriter(data / f"{split}.part", schema) as writer:
             for start in range(0, len(rows[split]), ROWS_AT_ONCE):
                 group = [_for_arrow(row) for row in rows[split][start : start + ROWS_AT_ONCE]]
                 writer.write_table(pa.Table.from_pylist(group, schema=schema))
+    names = publish_parquet(data, splits)
     if names:
-        for old in data.glob("*-?????-of-?????.parquet"):
-            old.unlink()
-        for name in names.values():
-            os.replace(data / f"{name}.part", data / name)
         (out / "README.md").write_text(_card(reports, names), encoding="utf-8")
     (out / "report.json").write_text(json.dumps(reports, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

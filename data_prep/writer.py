@@ -89,8 +89,32 @@ def _groups(rows: Iterable[dict]) -> Iterator[list[dict]]:
         yield group
 
 
+def publish_parquet(data: Path, splits: list[str]) -> dict[str, str]:
+    """
+    Gives the finished `data/{split}.part` files their names, and removes the parquet files of an earlier run.
+
+    Only then do they take the place of an earlier run's: one that was interrupted leaves these whole. A name carries a
+    digest of its content, because `load_dataset` caches a folder by its name and its card: without it, another data set
+    of the same shape in a folder of the same name would be read from the cache.
+
+    Returns:
+        The file name of each split; nothing is removed if there is none.
+    """
+    names = {}
+    for split in splits:
+        with open(data / f"{split}.part", "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        names[split] = f"{split}-00000-of-00001-{digest}.parquet"
+    if names:
+        for old in data.glob("*-?????-of-?????*.parquet"):
+            old.unlink()
+    for split, name in names.items():
+        os.replace(data / f"{split}.part", data / name)
+    return names
+
+
 def write_corpus(rows: Iterable[dict], out: str | os.PathLike, report: Report, description: str) -> dict:
-    """Writes a prepared corpus: OUT/data/{split}-00000-of-00001.parquet, README.md and report.json.
+    """Writes a prepared corpus: OUT/data/{split}-00000-of-00001-{digest}.parquet, README.md and report.json.
 
     `datasets.load_dataset(OUT)` reads it. Parquet files of an earlier run are replaced; other files in OUT stay.
 
@@ -112,7 +136,7 @@ def write_corpus(rows: Iterable[dict], out: str | os.PathLike, report: Report, d
         for group in _groups(rows):
             for split in dict.fromkeys(row["split"] for row in group):
                 if split not in writers:
-                    writers[split] = pq.ParquetWriter(data / f"{split}-00000-of-00001.parquet.part", schema)
+                    writers[split] = pq.ParquetWriter(data / f"{split}.part", schema)
                 part = [row for row in group if row["split"] == split]
                 writers[split].write_table(pa.Table.from_pylist(part, schema=schema))
             for row in group:
@@ -121,23 +145,17 @@ def write_corpus(rows: Iterable[dict], out: str | os.PathLike, report: Report, d
         for writer in writers.values():
             writer.close()
     content = report.as_dict()
-    # Only now do the files take the place of an earlier run's: one that was interrupted leaves these whole.
-    if writers:
-        for old in data.glob("*-?????-of-?????.parquet"):
-            old.unlink()
-    for split in writers:
-        path = data / f"{split}-00000-of-00001.parquet"
-        os.replace(f"{path}.part", path)
+    names = publish_parquet(data, list(writers))
     (out / "report.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if content["rows"]:
-        (out / "README.md").write_text(_card(content, description), encoding="utf-8")
+        (out / "README.md").write_text(_card(content, description, names), encoding="utf-8")
     return content
 
 
-def _card(report: dict, description: str) -> str:
+def _card(report: dict, description: str, names: dict[str, str]) -> str:
     order = {"train": 0, "validation": 1, "test": 2}
     splits = sorted(report["splits"], key=lambda name: (order.get(name, 3), name))
-    files = "\n".join(f"  - split: {name}\n    path: data/{name}-00000-of-00001.parquet" for name in splits)
+    files = "\n".join(f"  - split: {name}\n    path: data/{names[name]}" for name in splits)
     table = ""
     for name in splits:
         counts = report["splits"][name]

@@ -61,8 +61,13 @@ def reconstruction_row(model, processor, runs, content_words, batch_size: int = 
 
 
 def reply_row(replies: list[str], references: list[str], features) -> dict[str, float]:
-    """EmotionScore and Dist-1 of replies (Sec. 4.4)."""
-    return {"emotion_score": emotion_score(replies, references, features), "dist1": dist_1(replies)}
+    """EmotionScore and Dist-1 of replies (Sec. 4.4); a reply that is empty scores 0 in both."""
+    given = [(reply, reference) for reply, reference in zip(replies, references, strict=True) if reply]
+    if not given:
+        return {"emotion_score": 0.0, "dist1": 0.0}
+    share = len(given) / len(replies)
+    said, expected = map(list, zip(*given, strict=True))
+    return {"emotion_score": share * emotion_score(said, expected, features), "dist1": share * dist_1(said)}
 
 
 def reward_row(model, processor, pairs, output_dir: str | Path, batch_size: int = 16) -> dict[str, float]:

@@ -396,3 +396,13 @@ def test_scattered_rows_are_refused(talk):
             list(conversations(scattered))
     with pytest.raises(ValueError, match=r"do not stand together|was expected"):
         DialogueSamples(talk.select([4, 3, 2, 1, 0]))
+
+
+def test_two_data_sets_in_folders_of_the_same_name_are_not_mixed_up(tmp_path):
+    for place, text in (("one", "hello"), ("two", "howdy")):
+        raw = tmp_path / place / "raw"
+        raw.mkdir(parents=True)
+        line = {"dialogue_id": "d", "turn": 0, "speaker": "a", "text": text, "split": "train"}
+        (raw / "metadata.jsonl").write_text(json.dumps(line) + "\n")
+        prepare_folder(raw, tmp_path / place / "data", progress=False)
+        assert load_dataset(str(tmp_path / place / "data"), split="train")[0]["text"] == text

@@ -9,7 +9,7 @@ from datasets import load_dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from empathic.composition_empathic import read_stage
+from empathic.composition_empathic import read_stage, resolve_base
 from empathic.data_prep.folder import prepare_folder
 from empathic.modeling_empathic import EmpathicForConditionalGeneration
 from empathic.processing_empathic import EmpathicProcessor
@@ -106,9 +106,12 @@ def test_each_stage_trains_exactly_its_parts(stages, before, stage):
 
 
 def test_the_first_stage_trains_the_extractor_only(stages, parts):
-    fresh = read_stage(stages["emotion"])["base"]
-    torch.manual_seed(3)
     from transformers import set_seed
+
+    folder = stages["emotion"]
+    base = read_stage(folder)["base"]
+    assert base["text"] == os.path.relpath(parts["text"], folder)
+    fresh = {key: resolve_base(folder, value) if isinstance(value, str) else value for key, value in base.items()}
 
     set_seed(3)
     old = dict(EmpathicForConditionalGeneration.from_parts_pretrained(**fresh).named_parameters())

@@ -49,6 +49,11 @@ def merge(path: str, output: str, **kwargs) -> None:
     EmpathicProcessor.from_pretrained(path).save_pretrained(output)
 
 
+def _relative(base: str, folder: str) -> str:
+    """A local folder as seen from `folder`, so that both can be moved together; a Hub id as it is."""
+    return os.path.relpath(base, folder) if Path(base).is_dir() else base
+
+
 class StageRecord:
     """
     What a stage's folder says of itself beside its weights.
@@ -65,8 +70,10 @@ class StageRecord:
     def save(self, model: EmpathicForConditionalGeneration, folder: str) -> None:
         """Writes the stage file, the config and the code, so that `from_pretrained` loads the folder as it is."""
         base = self.base
-        if isinstance(base, str) and Path(base).is_dir():
-            base = os.path.relpath(base, folder)
+        if isinstance(base, str):
+            base = _relative(base, folder)
+        else:
+            base = {key: _relative(value, folder) if isinstance(value, str) else value for key, value in base.items()}
         record = {"stage": self.stage, "base": base, "trained": self.trained}
         custom_object_save(model, folder, config=model.config)
         model.config.architectures = [type(model).__name__]

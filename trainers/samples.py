@@ -106,7 +106,8 @@ class StageCollator:
     """
     Samples -> a right-padded batch with labels on the targets, all modalities present.
 
-    A clip that cannot be read is reported once and left out of its sample; a sample left with nothing is dropped.
+    A clip that cannot be read is reported once and left out of its sample; a sample left with nothing, or in task
+    `emotion` with no clip, is dropped.
 
     Args:
         processor: an `EmpathicProcessor`.
@@ -128,10 +129,11 @@ class StageCollator:
                     self._reported.add(str(error))
                     logger.warning("left out of training: %s", error)
                 messages = self._without_unreadable(messages)
-                if messages is None:
+                kinds = {item["type"] for item in messages[-1]["content"]}
+                if not kinds or (sample["task"] == "emotion" and kinds == {"text"}):
                     return None
 
-    def _without_unreadable(self, messages: list[dict]) -> list[dict] | None:
+    def _without_unreadable(self, messages: list[dict]) -> list[dict]:
         *earlier, last = messages
         readers = {"audio": self.processor.sound, "video": self.processor.frames}
         content = []
@@ -142,7 +144,7 @@ class StageCollator:
                 content.append(item)
             except MediaError:
                 pass  # reported by the caller
-        return [*earlier, {**last, "content": content}] if content else None
+        return [*earlier, {**last, "content": content}]
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         prepared = []

@@ -1,0 +1,214 @@
+"""What the tiny language model is pretrained on: small tasks in the exact format of the chat templates.
+
+- `rebuild_one`, `rebuild_many`: 1, or 2 to 5, vectors stand for utterances, which are to be written down again;
+- `repeat`: random words, to be said again;
+- `chat`, `chat_vectors`: the next reply, the history as chat turns or as vectors; no voice, no face;
+- `counter`: a reply to a sentence in the style of a given emotion;
+- `emotion`: the emotion of a sentence, or of vectors in the places of the voice and of the face.
+"""
+
+import random
+from functools import lru_cache
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from empathic.configuration_empathic import EMOTIONS, find_placeholder_tokens
+from empathic.processing_empathic import default_chat_templates
+from empathic.tiny.dialogues import ASSISTANT, CONTENT_WORDS, USER, forget, grammar_words, reply_for
+
+REPEAT_PROMPT = "Repeat the words."
+MAX_UTTERANCES = 5  # in a task with vectors to write down
+RANDOM_SHARE = 0.2  # of the utterances to rebuild: random words, so that reading a vector is not guessing
+# Steps alternate between two mixtures; the numbers are the tasks' shares. Two, because many small groups of samples cost
+# more time than few larger ones.
+MIXTURES = (
+    {"rebuild_one": 9, "chat": 4, "counter": 4, "emotion": 7},
+    {"rebuild_many": 13, "repeat": 5, "chat_vectors": 6},
+)
+_MARK = "\ue000"
+
+
+def prompt_texts():
+    """All texts that the tokenizers have to know word by word: the grammar's words and every prompt."""
+    texts = [*grammar_words(), REPEAT_PROMPT]
+    for task in ("dialogue", "emotion", "memory", "counter"):
+        for num_memories in (1, 2):
+            texts += _pieces(task, None, True, num_memories, True, True, "happy", ())
+    return texts
+
+
+def memory_line(turn):
+    """A turn as the memory holds it, and as rebuilding writes it down."""
+    return f"{turn['speaker']}: {turn['text']}"
+
+
+@lru_cache(maxsize=None)
+def _pieces(task, system, has_sentence, num_memories, audio, video, emotion, roles):
+    """A rendered prompt, cut where texts come in: the history's turns, then the sentence."""
+    template = default_chat_templates()["default" if task == "dialogue" else task]
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages += [{"role": role, "content": _MARK} for role in roles] + [{"role": "user", "content": _MARK}]
+    rendered, _ = render_jinja_template(
+        [messages],
+        chat_template=template,
+        sentence=_MARK if has_sentence and task != "memory" else None,
+        history="text",
+        num_memories=num_memories,
+        memory_placeholder="<|memory|>",
+        audio=audio,
+        video=video,
+        audio_placeholder="<|audio|>",
+        video_placeholder="<|video|>",
+        emotion=emotion,
+        emotions=list(EMOTIONS),
+        with_text=True,
+        add_generation_prompt=True,
+    )
+    return tuple(rendered[0].split(_MARK))
+
+
+class PromptWriter:
+    """Writes prompts as token ids, the same that `EmpathicProcessor` writes for the same conversation.
+
+    Args:
+        tokenizer: of `build_text_tokenizer`.
+        num_query_tokens: vectors of the voice, and of the face.
+    """
+
+    def __init__(self, tokenizer, num_query_tokens=4):
+        self.tokenizer = tokenizer
+        self.tokens = find_placeholder_tokens(tokenizer)
+        self.placeholder_ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in self.tokens.items()}
+        self.num_query_tokens = num_query_tokens
+        self._known = {}
+
+    def encode(self, text):
+        """Token ids of a text, a tuple."""
+        if text not in self._known:
+            self._known[text] = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._known[text]
+
+    def prompt(
+        self, task, sentence=None, system=None, num_memories=0, audio=False, video=False, emotion=None, history=()
+    ):
+        """Token ids of one prompt, a list.
+
+        Args:
+            task: `dialogue`, `emotion`, `memory` or `counter`.
+            sentence: the last user sentence.
+            system: a system message instead of the template's.
+            history: earlier turns as (role, text), written as chat turns.
+        """
+        pieces = _pieces(task, system, sentence is not None, num_memories, audio, video, emotion, tuple(r for r, _ in history))
+        texts = [text for _, text in history] + ([] if sentence is None else [sentence])
+        ids = []
+        for i, piece in enumerate(pieces):
+            for name, count in (("memory", 1), ("audio", self.num_query_tokens), ("video", self.num_query_tokens)):
+                piece = piece.replace(f"<|{name}|>", self.tokens[name] * count)
+            ids += self.encode(piece)
+            if i < len(texts):
+                ids += self.encode(texts[i])
+        return ids
+
+    def answer(self, text):
+        """Token ids of an answer and of the end of the turn, a list."""
+        return [*self.encode(text), self.tokenizer.eos_token_id]
+
+
+class PretrainingTasks:
+    """Draws the samples, each a dict of token ids:
+    `prompt` and `answer` (lists), `utterances` (one tuple for each memory placeholder of the prompt) and `cues` (for
+    each voice or face placeholder the pair of emotion words that its vector stands for).
+
+    Args:
+        writer: the `PromptWriter`.
+        dialogues: of `make_dialogues`.
+        seed: of the draws.
+    """
+
+    def __init__(self, writer, dialogues, seed=0):
+        self.writer = writer
+        self.dialogues = dialogues
+        self.user_turns = [turn for dialogue in dialogues for turn in dialogue if turn["speaker"] != ASSISTANT]
+        self.revealing = [turn for turn in self.user_turns if turn["reveals"]]
+        self.words = grammar_words()
+        self.content_words = sorted(CONTENT_WORDS)
+        self.rng = random.Random(seed)
+        self._tasks = {
+            "rebuild_one": lambda: self._rebuild(1),
+            "rebuild_many": lambda: self._rebuild(self.rng.randint(2, MAX_UTTERANCES)),
+            "repeat": self._repeat,
+            "chat": lambda: self._reply(as_vectors=False),
+            "chat_vectors": lambda: self._reply(as_vectors=True),
+            "counter": self._counter,
+            "emotion": self._emotion,
+        }
+
+    def sample(self, task):
+        """One sample of a task of `MIXTURES`."""
+        return self._tasks[task]()
+
+    def batch(self, step, size):
+        """About `size` samples for a step, a list for each task of its mixture."""
+        mixture = MIXTURES[step % len(MIXTURES)]
+        total = sum(mixture.values())
+        return [
+            [self.sample(task) for _ in range(max(1, round(share * size / total)))] for task, share in mixture.items()
+        ]
+
+    def _finish(self, prompt, answer, utterances=(), cues=()):
+        utterances = [self.writer.encode(text) for text in utterances]
+        return {"prompt": prompt, "answer": self.writer.answer(answer), "utterances": utterances, "cues": list(cues)}
+
+    def _random_words(self, low, high):
+        # Content words are what copying is for; the others come along.
+        pool = self.content_words if self.rng.random() < 0.7 else self.words
+        return " ".join(self.rng.choice(pool) for _ in range(self.rng.randint(low, high)))
+
+    def _repeat(self):
+        words = self._random_words(2, 9)
+        return self._finish(self.writer.prompt("dialogue", words, system=REPEAT_PROMPT), words)
+
+    def _rebuild(self, count):
+        if self.rng.random() < RANDOM_SHARE:
+            lines = [f"{self.rng.choice((USER, ASSISTANT))}: {self._random_words(2, 8)}" for _ in range(count)]
+        else:
+            dialogue = self.rng.choice(self.dialogues)
+            count = min(count, len(dialogue))
+            start = self.rng.randint(0, len(dialogue) - count)
+            lines = [memory_line(turn) for turn in dialogue[start : start + count]]
+        return self._finish(self.writer.prompt("memory", num_memories=len(lines)), "\n".join(lines), lines)
+
+    def _reply(self, as_vectors):
+        dialogue = self.rng.choice(self.dialogues)
+        k = self.rng.choice([i for i, turn in enumerate(dialogue) if turn["speaker"] == ASSISTANT])
+        earlier, sentence, reply = dialogue[: k - 1], dialogue[k - 1]["text"], dialogue[k]["text"]
+        if as_vectors:
+            prompt = self.writer.prompt("dialogue", sentence, num_memories=len(earlier))
+            return self._finish(prompt, reply, [memory_line(turn) for turn in earlier])
+        # As the processor writes them: who has a name of their own is named.
+        history = [
+            ("assistant", memory_line(turn)) if turn["speaker"] == ASSISTANT else ("user", turn["text"])
+            for turn in earlier
+        ]
+        return self._finish(self.writer.prompt("dialogue", sentence, history=history), reply)
+
+    def _counter(self):
+        turn, emotion = self.rng.choice(self.user_turns), self.rng.choice(EMOTIONS)
+        prompt = self.writer.prompt("counter", turn["text"], emotion=emotion)
+        return self._finish(prompt, reply_for(forget(turn["context"]), emotion, self.rng))
+
+    def _emotion(self):
+        kinds = self.rng.choice((("text",), ("text",), ("audio",), ("video",), ("audio", "video"), ("audio", "video", "text")))
+        turn = self.rng.choice(self.revealing if kinds == ("text",) else self.user_turns)
+        # Each modality leaves up to two emotions open; the answer is the one that both allow.
+        others = self.rng.sample([emotion for emotion in EMOTIONS if emotion != turn["emotion"]], 2)
+        cues = []
+        for kind, other in zip(("audio", "video"), others, strict=True):
+            if kind in kinds:
+                names = (turn["emotion"], other if self.rng.random() < 0.5 else turn["emotion"])
+                cues += [[self.writer.encode(name)[0] for name in names]] * self.writer.num_query_tokens
+        prompt = self.writer.prompt(
+            "emotion", turn["text"] if "text" in kinds else None, audio="audio" in kinds, video="video" in kinds
+        )
+        return self._finish(prompt, turn["emotion"], cues=cues)
