@@ -47,7 +47,7 @@ def _counter(arguments) -> int:
     features = EmotionFeatures(arguments.classifier, pooling=arguments.pooling, device=device)
     rows, reports = {}, {}
     for split in arguments.splits:
-        samples = DialogueSamples(load_dataset(arguments.data, split=split))
+        samples = DialogueSamples(load_dataset(arguments.data, split=split), arguments.speakers)
         rows[split], reports[split] = build_pairs(
             samples,
             model,
@@ -177,6 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", required=True, help="folder of `empathic prepare`, or Hub id")
     sub.add_argument("--out", required=True, help="folder to write; stage epo takes it as its data set")
     sub.add_argument("--splits", nargs="+", default=["train"], help="splits to go through (%(default)s)")
+    sub.add_argument("--speakers", nargs="+", help="whose replies, such as a corpus's assistant (everybody's)")
     sub.add_argument(
         "--classifier", default="SamLowe/roberta-base-go_emotions", help="text emotion classifier (%(default)s)"
     )

@@ -9,10 +9,15 @@ that was stopped goes on with the step it was in.
 """
 
 import json
+import os
 import random
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing import get_context
 from pathlib import Path
 
+import torch
 from datasets import load_dataset
 
 from empathic.data_prep.counter import build_pairs, write_pairs
@@ -24,7 +29,7 @@ from empathic.evaluation.metrics import word_recall
 from empathic.evaluation.tables import emotion_table, reconstruction_row, reply_row, reward_row
 from empathic.processing_empathic import EmpathicProcessor
 from empathic.tiny.corpus import write_corpus
-from empathic.tiny.dialogues import CONTENT_WORDS, emotion_sentences, make_dialogues, words_of
+from empathic.tiny.dialogues import ASSISTANT, CONTENT_WORDS, emotion_sentences, make_dialogues, words_of
 from empathic.tiny.emotion_classifier import train_emotion_classifier
 from empathic.tiny.encoders import pretrain_encoders
 from empathic.tiny.language_model import pretrain_language_model, prompt_texts
@@ -35,6 +40,10 @@ from empathic.trainers.checkpoint import load_model, merge
 from empathic.trainers.samples import dialogue_sample
 
 RECIPES = Path(__file__).parent / "recipes" / "tiny"
+
+# What the stages train on, where it is not the recordings.
+MEMORY_DATA = ("data", "text_data")
+DATA_SETS = {"memory_single": MEMORY_DATA, "memory_multi": MEMORY_DATA, "epo": ("pairs",)}
 
 # The dialogue models of the table, and what each gets to see: folder -> (history, media).
 ARMS = {
@@ -54,6 +63,8 @@ ARM_TITLES = {
 }
 # Which similarity of emotion features selects and scores, and the paper's threshold (Sec. 8).
 POOLING, THRESHOLD = "probabilities", 0.1
+# Conversations without clips, for the memory stages beside the recorded ones.
+MORE_TEXT = {"train": 2700}
 TRAIN_PAIRS, TEST_SAMPLES, TEST_RUNS = 210, 140, 100
 
 STAND_INS = (
@@ -72,40 +83,86 @@ class Steps:
     """Runs named steps once; what they returned, and how long they took, is kept in `steps.json`."""
 
     def __init__(self, folder: Path):
-        self.file = folder / "steps.json"
+        self.file, self.logs = folder / "steps.json", folder / "logs"
         self.done = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
 
-    def run(self, name: str, work, *args, **kwargs):
-        """The result of `work(*args, **kwargs)`, which must be JSON, from this run or an earlier one."""
-        if name in self.done:
+    def run(self, name: str, work, *args):
+        """The result of `work(*args)`, which must be JSON, from this run or an earlier one."""
+        return self.together((name, work, *args))[0]
+
+    def together(self, *steps: tuple) -> list:
+        """
+        Results of steps (name, work, *args) that do not need one another.
+
+        The first runs here; the others one by one in a second process, with their output in `logs/`: the models are so
+        small that two processes of one thread each do more than one process of two threads.
+        """
+        waiting = [step for step in steps if step[0] not in self.done]
+        for name in (step[0] for step in steps if step not in waiting):
             print(f"- {name}: done before")
-            return self.done[name]["result"]
-        print(f"- {name}", flush=True)
-        start = time.perf_counter()
-        result = work(*args, **kwargs)
-        seconds = time.perf_counter() - start
+        if not waiting:
+            return [self.done[step[0]]["result"] for step in steps]
+        here, *others = waiting
+        print(f"- {here[0]}" + "".join(f"; beside it: {name}" for name, *_ in others), flush=True)
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            started = {pool.submit(_timed_to_log, self.logs / f"{step[0]}.log", *step[1:]): step[0] for step in others}
+            self._finish(here[0], *_timed(1 if others else os.cpu_count(), *here[1:]))
+            for job in as_completed(started):
+                self._finish(started[job], *job.result())
+        return [self.done[step[0]]["result"] for step in steps]
+
+    def _finish(self, name: str, seconds: float, result) -> None:
         self.done[name] = {"seconds": round(seconds, 1), "result": result}
         partial = self.file.with_suffix(".tmp")
         partial.write_text(json.dumps(self.done, indent=2), encoding="utf-8")
         partial.replace(self.file)
-        print(f"  {seconds:.0f} s", flush=True)
-        return result
+        print(f"  {name}: {seconds:.0f} s", flush=True)
 
 
-def write_parts(folder: Path) -> None:
-    """The stand-ins for the pretrained language model, memory encoder and emotion classifier."""
-    texts = prompt_texts()
-    dialogues = make_dialogues(4000, seed=100, split="train")
-    pretrain_language_model(build_text_tokenizer(texts), dialogues, folder / "text")
-    write_memory_encoder(build_memory_tokenizer(texts), folder / "memory")
+def _timed(threads: int, work, *args) -> tuple[float, object]:
+    torch.set_num_threads(threads)
+    start = time.perf_counter()
+    result = work(*args)
+    return time.perf_counter() - start, result
+
+
+def _timed_to_log(log: Path, work, *args) -> tuple[float, object]:
+    log.parent.mkdir(exist_ok=True)
+    with open(log, "w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+        return _timed(1, work, *args)
+
+
+def write_recordings(root: Path) -> int:
+    """The corpus of clips, read back as a user's own recordings would be; returns its turns."""
+    write_corpus(root / "recordings")
+    return prepare_folder(root / "recordings", root / "data", num_workers=2)["rows"]
+
+
+def write_texts(root: Path) -> int:
+    """More conversations, without clips."""
+    write_corpus(root / "texts", num_dialogues=MORE_TEXT, seed=1, with_clips=False)
+    return prepare_folder(root / "texts", root / "text_data")["rows"]
+
+
+def write_encoders(root: Path) -> None:
+    """The stand-ins for CLIP, Whisper, Mamba and the emotion classifier, and the texts for the memory."""
+    write_texts(root)
+    pretrain_encoders(root / "parts")
+    write_memory_encoder(build_memory_tokenizer(prompt_texts()), root / "parts" / "memory")
     sentences, labels = zip(*emotion_sentences(4000, seed=7), strict=True)
-    train_emotion_classifier(folder / "emotion_classifier", list(sentences), list(labels))
+    train_emotion_classifier(root / "parts" / "emotion_classifier", list(sentences), list(labels))
+
+
+def write_language_model(root: Path) -> None:
+    """The stand-in for Qwen2.5, pretrained on conversations of its own."""
+    dialogues = make_dialogues(4000, seed=100, split="train")
+    pretrain_language_model(build_text_tokenizer(prompt_texts()), dialogues, root / "parts" / "text")
 
 
 def train_stage(root: Path, recipe: str, output: str, base: str | None = None, *options: str) -> dict:
     """Trains by a recipe of the preset, in and from the folders of this run."""
     arguments = ["--config", str(RECIPES / f"{recipe}.yaml"), "--output_dir", str(root / output)]
-    arguments += ["--dataset_name", str(root / ("pairs" if recipe == "epo" else "data"))]
+    arguments += ["--dataset_name", *(str(root / name) for name in DATA_SETS.get(recipe, ("data",)))]
     if base is None:
         for part in train.PARTS:
             arguments += [f"--{part}", str(root / "parts" / part)]
@@ -114,13 +171,13 @@ def train_stage(root: Path, recipe: str, output: str, base: str | None = None, *
     return train.main([*arguments, *options])
 
 
-def make_pairs(root: Path, data) -> dict:
+def make_pairs(root: Path) -> dict:
     """Counter-emotional replies by the dialogue model with its adapter off, and the pairs they make (Sec. 3.3)."""
     model, processor = load_model(str(root / "dialogue")), EmpathicProcessor.from_pretrained(root / "dialogue")
     features = EmotionFeatures(str(root / "parts" / "emotion_classifier"), pooling=POOLING)
-    rows, reports = {}, {}
+    data, rows, reports = load_dataset(str(root / "data")), {}, {}
     for split, count in (("train", TRAIN_PAIRS), ("test", TEST_SAMPLES)):
-        samples = pick(DialogueSamples(data[split]), count)
+        samples = pick(DialogueSamples(data[split], [ASSISTANT]), count)
         # The tiny language model was pretrained to answer a sentence in a given feeling, not to look back as well.
         rows[split], reports[split] = build_pairs(
             samples, model, processor, features, THRESHOLD, history="none", temperature=0.5, max_new_tokens=32
@@ -147,13 +204,13 @@ def message_text(message: dict) -> str:
     return content if isinstance(content, str) else " ".join(i["text"] for i in content if i["type"] == "text")
 
 
-def evaluate_arm(root: Path, arm: str, data, pairs) -> dict:
+def evaluate_arm(root: Path, arm: str) -> dict:
     """A dialogue model's row of the table, and its replies."""
     history, use_media = ARMS[arm]
     folder = str(root / ARM_FOLDERS.get(arm, arm))
     model, processor = load_model(folder), EmpathicProcessor.from_pretrained(folder)
     features = EmotionFeatures(str(root / "parts" / "emotion_classifier"), pooling=POOLING)
-    samples = pick(DialogueSamples(data["test"]), TEST_SAMPLES)
+    samples = pick(DialogueSamples(load_dataset(str(root / "data"), split="test"), [ASSISTANT]), TEST_SAMPLES)
 
     def seen(prompt):
         return dialogue_sample({"prompt": prompt, "reply": ""}, history, use_media)["messages"]
@@ -161,27 +218,30 @@ def evaluate_arm(root: Path, arm: str, data, pairs) -> dict:
     replies = generate_texts(model, processor, [seen(s["prompt"]) for s in samples], description=f"replies: {arm}")
     row = reply_row(replies, [sample["reply"] for sample in samples], features)
     row["recall"] = word_recall(replies, [sorted(recall_words(sample)) for sample in samples])
-    row |= reward_row(model, processor, pairs.map(lambda r: {"prompt": seen(r["prompt"])}), root / "scratch")
+    pairs = [{**row, "prompt": seen(row["prompt"])} for row in load_dataset(str(root / "pairs"), split="test")]
+    row |= reward_row(model, processor, pairs, root / "scratch")
     return {"row": row, "replies": replies}
 
 
-def evaluate_memory(root: Path, data) -> dict:
+def evaluate_memory(root: Path) -> dict:
     """Rebuilding of held-out utterances, one and five at a time."""
     folder = str(root / "memory_multi")
     model, processor = load_model(folder), EmpathicProcessor.from_pretrained(folder)
-    seen = {row["text"] for row in data["train"]}
-    single = [row for row in utterances(data["test"]) if row["text"] not in seen]
-    runs = [c["turns"][:5] for c in conversations(data["test"]) if len(c["turns"]) >= 5]
+    trained_on = [load_dataset(str(root / name), split="train") for name in MEMORY_DATA]
+    seen = {text for rows in trained_on for text in rows["text"]}
+    test = load_dataset(str(root / "data"), split="test")
+    single = [row for row in utterances(test) if row["text"] not in seen]
+    runs = [c["turns"][:5] for c in conversations(test) if len(c["turns"]) >= 5]
     return {
         "1": reconstruction_row(model, processor, [[row] for row in pick(single, 2 * TEST_RUNS)], CONTENT_WORDS),
         "5": reconstruction_row(model, processor, pick(runs, TEST_RUNS), CONTENT_WORDS),
     }
 
 
-def evaluate_emotion(root: Path, data) -> dict:
+def evaluate_emotion(root: Path) -> dict:
     """Emotion accuracy on the held-out clips."""
     folder = str(root / "emotion")
-    clips = list(emotion_clips(data["test"]))
+    clips = list(emotion_clips(load_dataset(str(root / "data"), split="test")))
     return emotion_table(load_model(folder), EmpathicProcessor.from_pretrained(folder), clips)
 
 
@@ -243,30 +303,36 @@ def quickstart(output: str = "runs/quickstart") -> dict:
     """
     root = Path(output)
     root.mkdir(parents=True, exist_ok=True)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the second process
     steps = Steps(root)
-    steps.run("corpus", write_corpus, root / "recordings")
-    steps.run("data", lambda: prepare_folder(root / "recordings", root / "data", num_workers=2)["rows"])
-    steps.run("encoders", pretrain_encoders, root / "parts")
-    steps.run("language model", write_parts, root / "parts")
+    steps.run("corpus", write_recordings, root)
+    steps.together(("language model", write_language_model, root), ("encoders", write_encoders, root))
 
     steps.run("stage emotion", train_stage, root, "emotion", "emotion")
-    steps.run("stage memory_single", train_stage, root, "memory_single", "memory_single", "emotion")
+    steps.together(
+        ("stage memory_single", train_stage, root, "memory_single", "memory_single", "emotion"),
+        ("evaluate emotion", evaluate_emotion, root),
+    )
     steps.run("stage memory_multi", train_stage, root, "memory_multi", "memory_multi", "memory_single")
-    for arm in ("text", "memory", "memory_av"):
-        history, use_media = ARMS[arm]
-        options = ("--history", history, "--use_media", str(use_media))
-        steps.run(f"stage dialogue, {arm}", train_stage, root, "dialogue", ARM_FOLDERS[arm], "memory_multi", *options)
-
-    data = load_dataset(str(root / "data"))
-    steps.run("counter-emotional replies", make_pairs, root, data)
-    steps.run("stage epo", train_stage, root, "epo", "epo", "dialogue")
-    steps.run("control", train_stage, root, "epo", "control", "dialogue", "--epo_weight", "0")
-
-    pairs = load_dataset(str(root / "pairs"), split="test")
-    emotion = steps.run("evaluate emotion", evaluate_emotion, root, data)
-    rebuilt = steps.run("evaluate memory", evaluate_memory, root, data)
-    arms = {arm: steps.run(f"evaluate {arm}", evaluate_arm, root, arm, data, pairs) for arm in ARMS}
+    arms = []
+    for arm in ("memory_av", "memory", "text"):
+        options = ("--history", ARMS[arm][0], "--use_media", str(ARMS[arm][1]))
+        arms.append(
+            (f"stage dialogue, {arm}", train_stage, root, "dialogue", ARM_FOLDERS[arm], "memory_multi", *options)
+        )
+    steps.together(*arms)
+    steps.together(
+        ("counter-emotional replies", make_pairs, root),
+        ("evaluate rebuilding", evaluate_memory, root),
+    )
+    steps.together(
+        ("stage epo", train_stage, root, "epo", "epo", "dialogue"),
+        ("control", train_stage, root, "epo", "control", "dialogue", "--epo_weight", "0"),
+    )
+    outcomes = steps.together(*((f"evaluate {arm}", evaluate_arm, root, arm) for arm in ARMS))
     steps.run("model", merge, str(root / "epo"), str(root / "model"))
+    emotion, rebuilt = steps.done["evaluate emotion"]["result"], steps.done["evaluate rebuilding"]["result"]
+    arms = dict(zip(ARMS, outcomes, strict=True))
 
     results = {
         "emotion": emotion,
@@ -275,7 +341,7 @@ def quickstart(output: str = "runs/quickstart") -> dict:
         "seconds": {name: step["seconds"] for name, step in steps.done.items()},
     }
     (root / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    samples = pick(DialogueSamples(data["test"]), TEST_SAMPLES)
+    samples = pick(DialogueSamples(load_dataset(str(root / "data"), split="test"), [ASSISTANT]), TEST_SAMPLES)
     shown = [i for i, sample in enumerate(samples) if recall_words(sample)][:3]
     replies = {arm: [outcome["replies"][i] for i in shown] for arm, outcome in arms.items()}
     text = report(results, replies, [samples[i] for i in shown])

@@ -15,7 +15,7 @@ names it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -146,15 +146,22 @@ class DialogueSamples:
 
     Args:
         dataset: rows of the schema, the turns of a dialogue together and in order.
+        speakers: whose replies; everybody's by default.
     """
 
-    def __init__(self, dataset: Dataset):
+    def __init__(self, dataset: Dataset, speakers: Sequence[str] | None = None):
         self.dataset = dataset
         self.texts = dataset.remove_columns(["audio", "video"])  # no media is read for the history
         light = list(dataset.select_columns([*IDS, "turn", "speaker", "text"]))
         self.places = [
-            (start, k) for start, end in _spans(light) for k in range(1, end - start) if is_reply(light[start:end], k)
+            (start, k)
+            for start, end in _spans(light)
+            for k in range(1, end - start)
+            if is_reply(light[start:end], k) and (speakers is None or light[start + k]["speaker"] in speakers)
         ]
+        if speakers is not None and light and not self.places:
+            known = sorted({row["speaker"] for row in light})[:20]
+            raise ValueError(f"Nobody of {list(speakers)} replies in this data set; its speakers are {known}.")
 
     def __len__(self) -> int:
         return len(self.places)

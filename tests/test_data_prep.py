@@ -406,3 +406,17 @@ def test_two_data_sets_in_folders_of_the_same_name_are_not_mixed_up(tmp_path):
         (raw / "metadata.jsonl").write_text(json.dumps(line) + "\n")
         prepare_folder(raw, tmp_path / place / "data", progress=False)
         assert load_dataset(str(tmp_path / place / "data"), split="train")[0]["text"] == text
+
+
+def test_replies_of_chosen_speakers(tmp_path):
+    lines = [
+        {"dialogue_id": "d", "turn": turn, "speaker": "ab"[turn % 2], "text": f"t{turn}", "split": "train"}
+        for turn in range(5)
+    ]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    prepare_folder(tmp_path, tmp_path / "out", progress=False)
+    rows = load_dataset(str(tmp_path / "out"), split="train")
+    assert [sample["reply"] for sample in DialogueSamples(rows)] == ["t1", "t2", "t3", "t4"]
+    assert [sample["reply"] for sample in DialogueSamples(rows, ["b"])] == ["t1", "t3"]
+    with pytest.raises(ValueError, match=r"Nobody of \['c'\] replies in this data set; its speakers are \['a', 'b'\]"):
+        DialogueSamples(rows, ["c"])

@@ -1,6 +1,8 @@
 """The quickstart's own parts; the whole of it is a slow test."""
 
 import json
+import operator
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,15 +15,32 @@ from empathic.trainers import train
 RECIPES = sorted(q.RECIPES.parent.glob("*/*.yaml"))
 
 
+def add(x, y):
+    print("adding")
+    return {"sum": x + y, "process": os.getpid()}
+
+
+def fail():
+    raise ZeroDivisionError
+
+
 def test_a_step_runs_once(tmp_path):
-    calls = []
-    for _ in range(2):
-        steps = q.Steps(tmp_path)
-        assert steps.run("one", lambda x: calls.append(x) or {"x": x}, 3) == {"x": 3}
-    assert calls == [3]
+    first = q.Steps(tmp_path).run("one", add, 1, 2)
+    assert first["sum"] == 3 and first["process"] == os.getpid()
+    assert q.Steps(tmp_path).run("one", fail) == first
     with pytest.raises(ZeroDivisionError):
-        steps.run("two", lambda: 1 / 0)
+        q.Steps(tmp_path).run("two", fail)
     assert set(q.Steps(tmp_path).done) == {"one"}
+
+
+def test_steps_beside_each_other(tmp_path, capsys):
+    steps = q.Steps(tmp_path)
+    results = steps.together(("a", operator.add, 1, 2), ("b", operator.add, 3, 4), ("c", operator.add, 5, 6))
+    assert results == [3, 7, 11] and set(q.Steps(tmp_path).done) == {"a", "b", "c"}
+    assert "beside it: b" in capsys.readouterr().out and (tmp_path / "logs" / "b.log").exists()
+    with pytest.raises(TypeError):
+        steps.together(("d", operator.add, 1, 2), ("e", operator.add, 1, "x"))
+    assert "d" in q.Steps(tmp_path).done and "e" not in q.Steps(tmp_path).done
 
 
 def test_every_preset_has_a_recipe_a_stage():
@@ -70,7 +89,7 @@ def test_quickstart_shows_the_paper_work(tmp_path):
     command = [sys.executable, "-m", "empathic.cli", "quickstart", "--output", str(tmp_path / "run")]
     steps = tmp_path / "run" / "steps.json"
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while first.poll() is None and not (steps.exists() and "data" in json.loads(steps.read_text())):
+    while first.poll() is None and not (steps.exists() and "corpus" in json.loads(steps.read_text())):
         try:
             first.wait(timeout=1)
         except subprocess.TimeoutExpired:

@@ -18,7 +18,7 @@ import re
 
 from empathic.configuration_empathic import EMOTIONS
 
-USER, ASSISTANT = "user", "mira"
+USER, ASSISTANT = "user", "assistant"  # the names that `ChatSession` gives them too
 SPLITS = ("train", "validation", "test")
 # Upper bounds, in per cent, of the hash values of `train` and `validation`; `test` has the rest.
 SPLIT_BOUNDS = (80, 88)
@@ -31,7 +31,8 @@ CITIES = (
     "rome paris berlin oslo madrid lisbon vienna prague athens dublin london tokyo cairo boston geneva krakow"
 ).split()
 PETS = (
-    "rex luna bella max simba coco rocky daisy milo oreo ginger shadow pepper biscuit mocha tiger pixie buddy hazel nemo"
+    "rex luna bella max simba coco rocky daisy milo oreo ginger shadow pepper biscuit mocha tiger pixie buddy hazel "
+    "nemo"
 ).split()
 ANIMALS = "dog cat rabbit parrot horse hamster turtle goat".split()
 COLOURS = "red blue green grey black white brown golden".split()
@@ -229,7 +230,7 @@ def _new_fact(split, rng, told):
         fact = _fillers(kind, rng)
         if split_of([fact[slot] for slot in PAIRS[kind]]) != split:
             continue
-        # Nothing in a conversation is told of twice: the same person, animal, city or object would make a question ambiguous.
+        # Nothing is told of twice: two facts of one person, animal, city or object would make a question ambiguous.
         keys = {fact[slot] for slot in (*PAIRS[kind], "verb")}
         if all(keys.isdisjoint(old[slot] for slot in (*PAIRS[old["kind"]], "verb")) for old in told):
             return fact

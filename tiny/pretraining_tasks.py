@@ -8,7 +8,7 @@
 """
 
 import random
-from functools import lru_cache
+from functools import cache
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -19,8 +19,8 @@ from empathic.tiny.dialogues import ASSISTANT, CONTENT_WORDS, USER, forget, gram
 REPEAT_PROMPT = "Repeat the words."
 MAX_UTTERANCES = 5  # in a task with vectors to write down
 RANDOM_SHARE = 0.2  # of the utterances to rebuild: random words, so that reading a vector is not guessing
-# Steps alternate between two mixtures; the numbers are the tasks' shares. Two, because many small groups of samples cost
-# more time than few larger ones.
+# Steps alternate between two mixtures; the numbers are the tasks' shares. Two, because many small groups of samples
+# cost more time than few larger ones.
 MIXTURES = (
     {"rebuild_one": 9, "chat": 4, "counter": 4, "emotion": 7},
     {"rebuild_many": 13, "repeat": 5, "chat_vectors": 6},
@@ -42,7 +42,7 @@ def memory_line(turn):
     return f"{turn['speaker']}: {turn['text']}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _pieces(task, system, has_sentence, num_memories, audio, video, emotion, roles):
     """A rendered prompt, cut where texts come in: the history's turns, then the sentence."""
     template = default_chat_templates()["default" if task == "dialogue" else task]
@@ -99,7 +99,9 @@ class PromptWriter:
             system: a system message instead of the template's.
             history: earlier turns as (role, text), written as chat turns.
         """
-        pieces = _pieces(task, system, sentence is not None, num_memories, audio, video, emotion, tuple(r for r, _ in history))
+        pieces = _pieces(
+            task, system, sentence is not None, num_memories, audio, video, emotion, tuple(r for r, _ in history)
+        )
         texts = [text for _, text in history] + ([] if sentence is None else [sentence])
         ids = []
         for i, piece in enumerate(pieces):
@@ -187,10 +189,7 @@ class PretrainingTasks:
             prompt = self.writer.prompt("dialogue", sentence, num_memories=len(earlier))
             return self._finish(prompt, reply, [memory_line(turn) for turn in earlier])
         # As the processor writes them: who has a name of their own is named.
-        history = [
-            ("assistant", memory_line(turn)) if turn["speaker"] == ASSISTANT else ("user", turn["text"])
-            for turn in earlier
-        ]
+        history = [("assistant" if turn["speaker"] == ASSISTANT else "user", turn["text"]) for turn in earlier]
         return self._finish(self.writer.prompt("dialogue", sentence, history=history), reply)
 
     def _counter(self):
@@ -199,7 +198,9 @@ class PretrainingTasks:
         return self._finish(prompt, reply_for(forget(turn["context"]), emotion, self.rng))
 
     def _emotion(self):
-        kinds = self.rng.choice((("text",), ("text",), ("audio",), ("video",), ("audio", "video"), ("audio", "video", "text")))
+        kinds = self.rng.choice(
+            (("text",), ("text",), ("audio",), ("video",), ("audio", "video"), ("audio", "video", "text"))
+        )
         turn = self.rng.choice(self.revealing if kinds == ("text",) else self.user_turns)
         # Each modality leaves up to two emotions open; the answer is the one that both allow.
         others = self.rng.sample([emotion for emotion in EMOTIONS if emotion != turn["emotion"]], 2)

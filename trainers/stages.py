@@ -85,6 +85,12 @@ class StageConfig(TrainingArguments):
         metadata={"help": "Earlier turns as `memory` vectors, as `text` (the ablation) or `none`."},
     )
     use_media: bool = field(default=True, metadata={"help": "Stage dialogue: whether it sees and hears the clips."})
+    reply_speakers: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Stage dialogue: whose replies are trained, such as a corpus's assistant; None: everybody's."
+        },
+    )
     rebuild_ratio: float = field(
         default=0.2,
         metadata={"help": "Stage dialogue: share of samples that rebuild a memory, so that the skill is kept."},

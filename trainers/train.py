@@ -159,7 +159,7 @@ def stage_sources(script: ScriptArguments, args: StageConfig, split: str) -> lis
         elif script.stage == "memory_multi":
             view, make = list(conversations(texts)), partial(rebuild_run, args)
         else:
-            view, make = DialogueSamples(rows), partial(reply, args)
+            view, make = DialogueSamples(rows, args.reply_speakers), partial(reply, args)
         weight = len(view) if weight is None else weight
         if script.stage == "dialogue" and args.rebuild_ratio > 0:
             sources.append((weight * args.rebuild_ratio, list(conversations(texts)), partial(rebuild_run, args)))
