@@ -65,7 +65,7 @@ ARM_TITLES = {
 POOLING, THRESHOLD = "probabilities", 0.1
 # Conversations without clips, for the memory stages beside the recorded ones.
 MORE_TEXT = {"train": 2700}
-TRAIN_PAIRS, TEST_SAMPLES, TEST_RUNS = 210, 140, 100
+TRAIN_PAIRS, TEST_PAIRS, TEST_SAMPLES, TEST_RUNS = 210, 140, 280, 100
 
 STAND_INS = (
     "In this preset, made from nothing in minutes, small things stand in for large ones",
@@ -176,7 +176,7 @@ def make_pairs(root: Path) -> dict:
     model, processor = load_model(str(root / "dialogue")), EmpathicProcessor.from_pretrained(root / "dialogue")
     features = EmotionFeatures(str(root / "parts" / "emotion_classifier"), pooling=POOLING)
     data, rows, reports = load_dataset(str(root / "data")), {}, {}
-    for split, count in (("train", TRAIN_PAIRS), ("test", TEST_SAMPLES)):
+    for split, count in (("train", TRAIN_PAIRS), ("test", TEST_PAIRS)):
         samples = pick(DialogueSamples(data[split], [ASSISTANT]), count)
         # The tiny language model was pretrained to answer a sentence in a given feeling, not to look back as well.
         rows[split], reports[split] = build_pairs(

@@ -188,7 +188,6 @@ class PretrainingTasks:
         if as_vectors:
             prompt = self.writer.prompt("dialogue", sentence, num_memories=len(earlier))
             return self._finish(prompt, reply, [memory_line(turn) for turn in earlier])
-        # As the processor writes them: who has a name of their own is named.
         history = [("assistant" if turn["speaker"] == ASSISTANT else "user", turn["text"]) for turn in earlier]
         return self._finish(self.writer.prompt("dialogue", sentence, history=history), reply)
 
