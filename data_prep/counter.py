@@ -30,7 +30,7 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 from transformers.utils import logging
 
 from empathic.configuration_empathic import EMOTIONS
-from empathic.data_prep.writer import publish_parquet
+from empathic.data_prep.writer import card_header, publish_parquet
 from empathic.evaluation.metrics import cosine
 
 logger = logging.get_logger(__name__)
@@ -530,20 +530,13 @@ def write_pairs(rows: dict[str, Sequence[dict]], reports: dict[str, dict], out: 
 
 
 def _card(reports: dict[str, dict], names: dict[str, str]) -> str:
-    files = "\n".join(f"  - split: {split}\n    path: data/{name}" for split, name in names.items())
     table = ""
     for split in names:
         report = reports[split]
         chosen = ", ".join(f"{emotion} {count}" for emotion, count in report["rejected_emotions"].items())
         columns = (split, report["samples"], report["pairs"], chosen, report["threshold"], report["features"])
         table += "| " + " | ".join(map(str, columns)) + " |\n"
-    return f"""---
-configs:
-- config_name: default
-  data_files:
-{files}
----
-
+    return f"""{card_header(names)}
 # Counter-emotional preference pairs
 
 For any preference trainer that reads `prompt`, `chosen` and `rejected`. Chosen is the true reply. Rejected is, of the

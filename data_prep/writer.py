@@ -152,23 +152,22 @@ def write_corpus(rows: Iterable[dict], out: str | os.PathLike, report: Report, d
     return content
 
 
+def card_header(names: dict[str, str]) -> str:
+    """The card's metadata, by which `load_dataset` finds the file of each split."""
+    files = "\n".join(f"  - split: {split}\n    path: data/{name}" for split, name in names.items())
+    return f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}\n---\n"
+
+
 def _card(report: dict, description: str, names: dict[str, str]) -> str:
     order = {"train": 0, "validation": 1, "test": 2}
     splits = sorted(report["splits"], key=lambda name: (order.get(name, 3), name))
-    files = "\n".join(f"  - split: {name}\n    path: data/{names[name]}" for name in splits)
     table = ""
     for name in splits:
         counts = report["splits"][name]
         labelled = counts["rows"] - counts["emotions"].get("none", 0)
         columns = (name, counts["dialogues"], counts["rows"], counts["with_audio"], counts["with_video"], labelled)
         table += "| " + " | ".join(map(str, columns)) + " |\n"
-    return f"""---
-configs:
-- config_name: default
-  data_files:
-{files}
----
-
+    return f"""{card_header({name: names[name] for name in splits})}
 # {report["corpus"]}
 
 {description}
