@@ -106,7 +106,7 @@ class Steps:
         print(f"- {here[0]}" + "".join(f"; beside it: {name}" for name, *_ in others), flush=True)
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             started = {pool.submit(_timed_to_log, self.logs / f"{step[0]}.log", *step[1:]): step[0] for step in others}
-            self._finish(here[0], *_timed(1 if others else os.cpu_count(), *here[1:]))
+            self._finish(here[0], *_timed(*here[1:]))
             for job in as_completed(started):
                 self._finish(started[job], *job.result())
         return [self.done[step[0]]["result"] for step in steps]
@@ -119,8 +119,8 @@ class Steps:
         print(f"  {name}: {seconds:.0f} s", flush=True)
 
 
-def _timed(threads: int, work, *args) -> tuple[float, object]:
-    torch.set_num_threads(threads)
+def _timed(work, *args) -> tuple[float, object]:
+    torch.set_num_threads(1)  # two threads gain little here, and lose much as soon as another process is busy
     start = time.perf_counter()
     result = work(*args)
     return time.perf_counter() - start, result
@@ -129,7 +129,7 @@ def _timed(threads: int, work, *args) -> tuple[float, object]:
 def _timed_to_log(log: Path, work, *args) -> tuple[float, object]:
     log.parent.mkdir(exist_ok=True)
     with open(log, "w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
-        return _timed(1, work, *args)
+        return _timed(work, *args)
 
 
 def write_recordings(root: Path) -> int:
@@ -309,10 +309,7 @@ def quickstart(output: str = "runs/quickstart") -> dict:
     steps.together(("language model", write_language_model, root), ("encoders", write_encoders, root))
 
     steps.run("stage emotion", train_stage, root, "emotion", "emotion")
-    steps.together(
-        ("stage memory_single", train_stage, root, "memory_single", "memory_single", "emotion"),
-        ("evaluate emotion", evaluate_emotion, root),
-    )
+    steps.run("stage memory_single", train_stage, root, "memory_single", "memory_single", "emotion")
     steps.run("stage memory_multi", train_stage, root, "memory_multi", "memory_multi", "memory_single")
     arms = []
     for arm in ("memory_av", "memory", "text"):
@@ -324,6 +321,7 @@ def quickstart(output: str = "runs/quickstart") -> dict:
     steps.together(
         ("counter-emotional replies", make_pairs, root),
         ("evaluate rebuilding", evaluate_memory, root),
+        ("evaluate emotion", evaluate_emotion, root),
     )
     steps.together(
         ("stage epo", train_stage, root, "epo", "epo", "dialogue"),
