@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from datasets import load_dataset
 
-from empathic.data_prep.counter import build_pairs, write_pairs
+from empathic.data_prep.counter import build_pairs, message_text, write_pairs
 from empathic.data_prep.folder import prepare_folder
 from empathic.data_prep.views import DialogueSamples, conversations, emotion_clips, utterances
 from empathic.evaluation.emotion_features import EmotionFeatures
@@ -196,12 +196,6 @@ def recall_words(sample: dict) -> set[str]:
     """Content words of the true reply that the history holds and the sentence does not."""
     *earlier, last = [set(words_of(message_text(message))) for message in sample["prompt"]]
     return (set(words_of(sample["reply"])) & set(CONTENT_WORDS) & set().union(*earlier)) - last
-
-
-def message_text(message: dict) -> str:
-    """The text of a message whose content is a string or a list of items."""
-    content = message["content"]
-    return content if isinstance(content, str) else " ".join(i["text"] for i in content if i["type"] == "text")
 
 
 def evaluate_arm(root: Path, arm: str) -> dict:

@@ -100,7 +100,7 @@ def adapters_off(model) -> Iterator[None]:
             parameter.requires_grad_(needed)
 
 
-def _text_of(message: dict) -> str:
+def message_text(message: dict) -> str:
     """The text of a message, its content a string or a list of items."""
     content = message.get("content")
     if isinstance(content, str):
@@ -117,7 +117,7 @@ def _prompts(processor, messages: list[dict], emotions: Sequence[str], history: 
         raise ValueError(f"The history is {history!r}; it is one of {', '.join(HISTORIES)}.")
     # A system message of the dialogue would take the place of the task's own instruction.
     conversation = [message for message in messages if message.get("role") != "system"]
-    if conversation and not _text_of(conversation[-1]).strip():
+    if conversation and not message_text(conversation[-1]).strip():
         raise ValueError("the last message has no text, and a counter-emotional reply is an answer to the text")
     if history == "none":
         conversation, history = conversation[-1:], "memory"
