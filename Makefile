@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 OUTPUT ?= runs/quickstart
 
-.PHONY: help install lint test test-slow quickstart clean
+.PHONY: help install lint test test-distributed test-slow quickstart clean
 
 help:
 	@echo "make quickstart   train and evaluate the tiny preset, all five stages (about 15 to 20 minutes on 2 cores)"
 	@echo "make test         the test suite (under 10 minutes)"
+	@echo "make test-distributed   training on several processes: DDP, ZeRO-2, ZeRO-3, FSDP2"
 	@echo "make test-slow    the longer tests, quickstart among them"
 	@echo "make lint         ruff"
 	@echo "make install      only set up $(VENV)"
@@ -29,7 +30,16 @@ lint: install
 	$(BIN)/ruff format --check .
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
+
+# DeepSpeed compiles nothing here: its kernels are for GPUs.
+$(BIN)/.deepspeed: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet wheel packaging py-cpuinfo "setuptools>=77"
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[deepspeed]"
+	touch $@
+
+test-distributed: $(BIN)/.deepspeed
+	$(BIN)/python -m pytest -m distributed
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from datasets import load_dataset
 
-from empathic.data_prep.counter import build_pairs, message_text, write_pairs
+from empathic.data_prep.candidates import EmpathicGenerator, Sampling, message_text
+from empathic.data_prep.counter import counter_pairs, identity_of
 from empathic.data_prep.folder import prepare_folder
 from empathic.data_prep.views import DialogueSamples, conversations, emotion_clips, utterances
 from empathic.evaluation.emotion_features import EmotionFeatures
@@ -173,17 +174,29 @@ def train_stage(root: Path, recipe: str, output: str, base: str | None = None, *
 
 def make_pairs(root: Path) -> dict:
     """Counter-emotional replies by the dialogue model with its adapter off, and the pairs they make (Sec. 3.3)."""
-    model, processor = load_model(str(root / "dialogue")), EmpathicProcessor.from_pretrained(root / "dialogue")
-    features = EmotionFeatures(str(root / "parts" / "emotion_classifier"), pooling=POOLING)
-    data, rows, reports = load_dataset(str(root / "data")), {}, {}
-    for split, count in (("train", TRAIN_PAIRS), ("test", TEST_PAIRS)):
-        samples = pick(DialogueSamples(data[split], [ASSISTANT]), count)
-        # The tiny language model was pretrained to answer a sentence in a given feeling, not to look back as well.
-        rows[split], reports[split] = build_pairs(
-            samples, model, processor, features, THRESHOLD, history="none", temperature=0.5, max_new_tokens=32
+    folder, classifier = str(root / "dialogue"), str(root / "parts" / "emotion_classifier")
+    data = load_dataset(str(root / "data"))
+    counts = {"train": TRAIN_PAIRS, "test": TEST_PAIRS}
+    samples = {split: pick(DialogueSamples(data[split], [ASSISTANT]), count) for split, count in counts.items()}
+    # The tiny language model was pretrained to answer a sentence in a given feeling, not to look back as well.
+    history, sampling = "none", Sampling(max_new_tokens=32, temperature=0.5)
+
+    def generator() -> EmpathicGenerator:
+        return EmpathicGenerator(
+            load_model(folder), EmpathicProcessor.from_pretrained(folder), history, False, sampling
         )
-    write_pairs(rows, reports, root / "pairs")
-    return {split: len(kept) for split, kept in rows.items()}
+
+    about = {"history": history, "sampling": vars(sampling), "identity": [identity_of(folder), identity_of(classifier)]}
+    report = counter_pairs(
+        samples,
+        generator,
+        lambda: EmotionFeatures(classifier),
+        root / "pairs",
+        about,
+        pooling=POOLING,
+        threshold=THRESHOLD,
+    )
+    return {split: counts["pairs"] for split, counts in report["splits"].items()}
 
 
 def pick(items, count: int, seed: int = 0) -> list:

@@ -1,73 +1,34 @@
-"""What all corpora share on their way out: the report, the parquet files and the card for `datasets.load_dataset`."""
+"""What all data sets share on their way out: parquet files and the card by which `datasets.load_dataset` finds them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections import Counter
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from huggingface_hub import DatasetCardData
 
+from empathic.data_prep.corpus import CorpusInfo
 from empathic.data_prep.schema import row_features
 
 # A row group is what a reader holds at once: closed at this many rows, or bytes of embedded media, whichever is first.
 GROUP_ROWS = 1000
 GROUP_BYTES = 64 * 2**20
+# What `{split}-00000-of-00001-{digest}.parquet` ends on.
+SHARD = re.compile(r"-\d{5}-of-\d{5}-([0-9a-f]{16})\.parquet")
+SPLIT_ORDER = ("train", "validation", "test")
+TASKS = ["audio-classification", "video-classification", "text-generation"]
+TAGS = ["emotion-recognition", "dialogue", "audio-visual", "empathic"]
+SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
+MOST_REASONS = 10  # of each kind in the card
 
 
-@dataclass
-class Report:
-    """What was left out of a corpus or repaired in it, and why: nothing vanishes silently."""
-
-    corpus: str
-    left_out: list[dict] = field(default_factory=list)
-    repaired: list[dict] = field(default_factory=list)
-    splits: dict[str, dict] = field(default_factory=dict)
-
-    def leave_out(self, item: str, reason: str) -> None:
-        """Notes that `item` (a row, file or dialogue, as the user would look for it) is not in the output."""
-        self.left_out.append({"item": item, "reason": reason})
-
-    def repair(self, item: str, reason: str) -> None:
-        """Notes that `item` is in the output, but not as it came."""
-        self.repaired.append({"item": item, "reason": reason})
-
-    def count(self, row: dict) -> None:
-        """Counts a row that is written."""
-        counts = self.splits.setdefault(
-            row["split"], {"rows": 0, "dialogues": 0, "with_audio": 0, "with_video": 0, "emotions": Counter()}
-        )
-        counts["rows"] += 1
-        counts["dialogues"] += row["turn"] == 0
-        counts["with_audio"] += row["audio"] is not None
-        counts["with_video"] += row["video"] is not None
-        counts["emotions"][row["emotion"] or "none"] += 1
-
-    def as_dict(self) -> dict:
-        """The content of report.json."""
-        splits = {
-            name: {**counts, "emotions": dict(sorted(counts["emotions"].items()))}
-            for name, counts in self.splits.items()
-        }
-        return {
-            "corpus": self.corpus,
-            "rows": sum(counts["rows"] for counts in splits.values()),
-            "splits": splits,
-            "left_out": self.left_out,
-            "repaired": self.repaired,
-        }
-
-
-def hash_split(dialogue_id: str, seed: int = 0) -> str:
-    """The split of a dialogue by the hash of its name: 80 % train, 10 % validation, 10 % test, on every machine."""
-    digest = hashlib.sha256(f"{seed}:{dialogue_id}".encode()).digest()
-    part = int.from_bytes(digest[:8], "big") / 2**64
-    return "train" if part < 0.8 else "validation" if part < 0.9 else "test"
+# Parquet -------------------------------------------------------------------------------------------------------------
 
 
 def media_struct(path: str | os.PathLike, name: str, embed: bool) -> dict:
@@ -89,94 +50,273 @@ def _groups(rows: Iterable[dict]) -> Iterator[list[dict]]:
         yield group
 
 
+def file_digest(path: Path) -> str:
+    """Sixteen hexadecimal digits of the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def write_rows(rows: Iterable[dict], path: Path) -> bool:
+    """Writes rows of the schema, held a row group at a time, as one parquet file; no file if there is no row."""
+    schema = row_features().arrow_schema
+    writer = None
+    try:
+        for group in _groups(rows):
+            writer = writer or pq.ParquetWriter(path, schema)
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+    finally:
+        if writer is not None:
+            writer.close()
+    return writer is not None
+
+
+def find_shards(data: Path) -> dict[str, Path]:
+    """The published parquet files of a folder by the digest in their name."""
+    found = {}
+    for path in data.glob("*.parquet"):
+        match = SHARD.search(path.name)
+        if match:
+            found[match[1]] = path
+    return found
+
+
+def publish_shards(data: Path, shards: dict[str, list[tuple[Path, str]]]) -> dict[str, list[str]]:
+    """
+    Gives finished parquet files the names `data/{split}-{i}-of-{n}-{digest}.parquet`.
+
+    A name carries a digest of its content, because `load_dataset` caches a folder by its name and its card: without it,
+    another data set of the same shape in a folder of the same name would be read from the cache.
+
+    Args:
+        shards: (where it lies, digest) of each file of a split, in order.
+
+    Returns:
+        The file names of each split.
+    """
+    names: dict[str, list[str]] = {}
+    for split, files in shards.items():
+        for place, (path, digest) in enumerate(files):
+            name = f"{split}-{place:05d}-of-{len(files):05d}-{digest}.parquet"
+            if path != data / name:
+                os.replace(path, data / name)
+            names.setdefault(split, []).append(name)
+    return names
+
+
+def remove_other_shards(data: Path, names: dict[str, list[str]]) -> None:
+    """Removes the parquet files of an earlier run. Last of all: a run that was interrupted leaves those whole."""
+    kept = {name for files in names.values() for name in files}
+    for path in data.glob("*-?????-of-?????*.parquet"):
+        if path.name not in kept:
+            path.unlink()
+
+
 def publish_parquet(data: Path, splits: list[str]) -> dict[str, str]:
     """
     Gives the finished `data/{split}.part` files their names, and removes the parquet files of an earlier run.
 
-    Only then do they take the place of an earlier run's: one that was interrupted leaves these whole. A name carries a
-    digest of its content, because `load_dataset` caches a folder by its name and its card: without it, another data set
-    of the same shape in a folder of the same name would be read from the cache.
-
     Returns:
         The file name of each split; nothing is removed if there is none.
     """
-    names = {}
-    for split in splits:
-        with open(data / f"{split}.part", "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-        names[split] = f"{split}-00000-of-00001-{digest}.parquet"
+    parts = {split: data / f"{split}.part" for split in splits}
+    names = publish_shards(data, {split: [(path, file_digest(path))] for split, path in parts.items()})
     if names:
-        for old in data.glob("*-?????-of-?????*.parquet"):
-            old.unlink()
-    for split, name in names.items():
-        os.replace(data / f"{split}.part", data / name)
-    return names
+        remove_other_shards(data, names)
+    return {split: files[0] for split, files in names.items()}
 
 
-def write_corpus(rows: Iterable[dict], out: str | os.PathLike, report: Report, description: str) -> dict:
-    """Writes a prepared corpus: OUT/data/{split}-00000-of-00001-{digest}.parquet, README.md and report.json.
+# Report --------------------------------------------------------------------------------------------------------------
 
-    `datasets.load_dataset(OUT)` reads it. Parquet files of an earlier run are replaced; other files in OUT stay.
+
+def to_json(content) -> str:
+    """As report.json is written."""
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def replace_file(path: Path, text: str, work: Path) -> bool:
+    """Writes a file at once or not at all; one that holds the text already is not touched. Returns if it was written.
+    Half of a surrogate pair (a file name that is not UTF-8) is written as its escape."""
+    data = text.encode("utf-8", "backslashreplace")
+    if path.is_file() and path.read_bytes() == data:
+        return False
+    work.mkdir(parents=True, exist_ok=True)
+    part = work / f"{path.name}.part"
+    part.write_bytes(data)
+    os.replace(part, path)
+    return True
+
+
+def add_counts(counts: dict, more: dict) -> None:
+    """Adds counts, nested alike, to `counts`."""
+    for key, value in more.items():
+        if isinstance(value, dict):
+            add_counts(counts.setdefault(key, {}), value)
+        else:
+            counts[key] = counts.get(key, 0) + value
+
+
+def beside_published(about: CorpusInfo, splits: dict[str, dict]) -> dict:
+    """The published counts beside those of this run; differences are listed."""
+    everything: dict = {}
+    for counts in splits.values():
+        add_counts(everything, counts)
+    beside, differences = {}, []
+    for split, published in about.published.items():
+        counts = everything if split == "all" else splits.get(split, {})
+        for key, number in published.items():
+            here = counts.get(key, counts.get("emotions", {}).get(key, 0))
+            beside.setdefault(split, {})[key] = {"published": number, "here": here}
+            if here != number:
+                differences.append({"split": split, "count": key, "published": number, "here": here})
+    return {"splits": beside, "differences": differences}
+
+
+# Card ----------------------------------------------------------------------------------------------------------------
+
+
+def sorted_splits(splits: Iterable[str]) -> list[str]:
+    """Train, validation and test first, then the names of the corpus's own."""
+    order = {name: place for place, name in enumerate(SPLIT_ORDER)}
+    return sorted(splits, key=lambda name: (order.get(name, len(order)), name))
+
+
+def card_header(names: dict[str, str | list[str]], **metadata) -> str:
+    """
+    The card's YAML metadata, by which `load_dataset` finds the files of each split.
 
     Args:
-        rows: rows of the schema, the turns of a dialogue together and in order. Held a few at a time.
-        out: the folder to write to.
-        report: filled by the adapter; the counts are added here.
-        description: what the corpus is, in a sentence or two of Markdown for the card.
-
-    Returns:
-        The content of report.json. `rows` in it is 0 if there was nothing to write; then only report.json is written.
+        names: the file name of each split in `data/`, or several.
+        metadata: more of it, such as `license`.
     """
-    out = Path(out)
-    data = out / "data"
-    data.mkdir(parents=True, exist_ok=True)
-    schema = row_features().arrow_schema
-    writers: dict[str, pq.ParquetWriter] = {}
-    try:
-        for group in _groups(rows):
-            for split in dict.fromkeys(row["split"] for row in group):
-                if split not in writers:
-                    writers[split] = pq.ParquetWriter(data / f"{split}.part", schema)
-                part = [row for row in group if row["split"] == split]
-                writers[split].write_table(pa.Table.from_pylist(part, schema=schema))
-            for row in group:
-                report.count(row)
-    finally:
-        for writer in writers.values():
-            writer.close()
-    content = report.as_dict()
-    names = publish_parquet(data, list(writers))
-    (out / "report.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if content["rows"]:
-        (out / "README.md").write_text(_card(content, description, names), encoding="utf-8")
-    return content
+    files = []
+    for split, found in names.items():
+        paths = [f"data/{name}" for name in ([found] if isinstance(found, str) else found)]
+        files.append({"split": split, "path": paths if len(paths) > 1 else paths[0]})
+    configs = [{"config_name": "default", "data_files": files}]
+    return f"---\n{DatasetCardData(**metadata, configs=configs).to_yaml().rstrip()}\n---\n"
 
 
-def card_header(names: dict[str, str]) -> str:
-    """The card's metadata, by which `load_dataset` finds the file of each split."""
-    files = "\n".join(f"  - split: {split}\n    path: data/{name}" for split, name in names.items())
-    return f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}\n---\n"
+def kind_of(entry: dict) -> str:
+    """The reason of an entry of the report without what is the entry's own: names of files, quotations and numbers."""
+    reason = re.sub(r"^(?:[^\s:]*[/.][^:]*|" + re.escape(entry["item"]) + r"): ", "", entry["reason"])
+    reason = re.sub(r"\"[^\"]*\"|'[^']*'|“[^”]*”|\[[^\]]*\]", "…", reason)
+    reason = re.sub(r"\S*/\S*|\S+\.(?:mp4|avi|flv|wav|mp3|mkv|csv|txt|jsonl|zip|gz)\b", "…", reason)
+    return re.sub(r"\d[\d.,:]*\d|\d", "#", reason)
 
 
-def _card(report: dict, description: str, names: dict[str, str]) -> str:
-    order = {"train": 0, "validation": 1, "test": 2}
-    splits = sorted(report["splits"], key=lambda name: (order.get(name, 3), name))
-    table = ""
-    for name in splits:
-        counts = report["splits"][name]
-        labelled = counts["rows"] - counts["emotions"].get("none", 0)
-        columns = (name, counts["dialogues"], counts["rows"], counts["with_audio"], counts["with_video"], labelled)
-        table += "| " + " | ".join(map(str, columns)) + " |\n"
-    return f"""{card_header({name: names[name] for name in splits})}
-# {report["corpus"]}
+def grouped(entries: list[dict]) -> list[tuple[str, list[dict]]]:
+    """Entries of the report by the kind of their reason, the most frequent kind first."""
+    kinds: dict[str, list[dict]] = {}
+    for entry in entries:
+        kinds.setdefault(kind_of(entry), []).append(entry)
+    return sorted(kinds.items(), key=lambda kind: -len(kind[1]))
 
-{description}
+
+def _plain(text: str) -> str:
+    """Text that means nothing to Markdown inside a line or a cell of a table."""
+    return re.sub(r"([|<>`*_\[\]])", r"\\\1", " ".join(text.split()))
+
+
+def _count_table(report: dict) -> str:
+    """Every count of each split, and what the corpus's authors published beside it."""
+    published = report["published"]["splits"]
+    splits = sorted_splits(report["splits"])
+    shown = splits + [name for name in sorted_splits(published) if name not in splits]
+    emotions = sorted({emotion for counts in report["splits"].values() for emotion in counts["emotions"]} - {"none"})
+    emotions += ["none"]
+    lines = ["| split | dialogues | turns | with audio | with video | " + " | ".join(emotions) + " |"]
+    lines.append("|" + "---|" * (5 + len(emotions)))
+    for split in shown:
+        counts, beside = report["splits"].get(split), published.get(split, {})
+
+        def cell(key: str, here: int | None, beside: dict = beside) -> str:
+            own = "" if here is None else f"{here:,}"
+            if key not in beside:
+                return own
+            given = beside[key]["published"]
+            return own if here == given else f"{beside[key]['here']:,} (published: {given:,})"
+
+        here = counts or {"dialogues": None, "rows": None, "with_audio": None, "with_video": None, "emotions": {}}
+        cells = [split, cell("dialogues", here["dialogues"]), cell("rows", here["rows"])]
+        cells += [cell("with_audio", here["with_audio"]), cell("with_video", here["with_video"])]
+        cells += [cell(emotion, here["emotions"].get(emotion, 0) if counts else None) for emotion in emotions]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _reasons(report: dict) -> str:
+    """What was left out, repaired and so on, by kind."""
+    text = ""
+    for key, title in (
+        ("left_out", "Left out"),
+        ("without_media", "Without a clip that they should have"),
+        ("repaired", "Repaired"),
+        ("ignored", "Files and lines that are no row"),
+    ):
+        kinds = grouped(report[key])
+        if not kinds:
+            continue
+        text += f"\n{title}: {len(report[key]):,}\n\n"
+        text += "".join(f"- {len(entries):,} × {_plain(kind)}\n" for kind, entries in kinds[:MOST_REASONS])
+        if len(kinds) > MOST_REASONS:
+            text += f"- {sum(len(entries) for _, entries in kinds[MOST_REASONS:]):,} of other kinds\n"
+    return text
+
+
+def corpus_card(about: CorpusInfo, report: dict, names: dict[str, list[str]], embed: bool) -> str:
+    """
+    The card of a prepared corpus, README.md.
+
+    Args:
+        report: the content of report.json.
+        names: the parquet files of each split.
+        embed: whether they hold the media themselves.
+    """
+    size = next((size for limit, size in SIZES if report["rows"] < limit), "n>10M")
+    header = card_header(
+        {name: names[name] for name in sorted_splits(names)},
+        license=about.license,
+        pretty_name=about.title,
+        task_categories=TASKS,
+        tags=TAGS,
+        size_categories=[size],
+    )
+    if embed:
+        media = "The bytes of the clips are in the data set; it needs no other file."
+    else:
+        media = "The clips are given by their absolute paths: they have to stay where they are."
+    published = "" if not about.published else "\nWhere a count differs, the published one is beside it.\n"
+    licence = about.license_note
+    if not about.redistributable:
+        licence += " It does not allow to publish the clips: keep this data set private."
+    homepage = f"\nSource: {about.homepage}\n" if about.homepage else ""
+    return f"""{header}
+# {about.title}
+
+{about.description}
+{homepage}
+## Use
+
+```python
+from datasets import load_dataset
+
+turns = load_dataset("path/of/this/folder")
+```
 
 One row is one turn of a conversation: `corpus, split, dialogue_id, turn, utterance_id, speaker, text, emotion, audio,
-video, start, end`. `audio` and `video` hold the path or the bytes of the clip of exactly that turn, or null.
+video, start, end`. `audio` and `video` hold the path or the bytes of the clip of exactly that turn, or null. {media}
 
-| split | dialogues | turns | with audio | with video | with emotion |
-|---|---|---|---|---|---|
-{table}
-{len(report["left_out"])} items were left out and {len(report["repaired"])} repaired: `report.json` names each, and why.
+## Counts
+
+{_count_table(report)}
+{published}
+Found: {report["found"]:,} rows. Written: {report["rows"]:,}. Left out: {len(report["left_out"]):,}.
+
+## What was left out or changed
+
+`report.json` names each item, and why.
+{_reasons(report)}
+## Licence
+
+{licence}
 """

@@ -10,24 +10,66 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Transformer
+from sentence_transformers.base.modules import Module, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-from transformers.utils import logging
+from transformers import AutoConfig
 
 from empathic.evaluation.metrics import check_texts, cosine
 
-POOLINGS = ("mean", "cls", "probabilities")
+POOLINGS = ("mean", "cls", "head", "probabilities")
 GO_EMOTIONS = "SamLowe/roberta-base-go_emotions"
+
+
+class _ClassifierOutputs(Module):
+    """
+    Takes out of a classifier's pass what the poolings need; stands between sentence-transformers' own modules.
+
+    Args:
+        classifier: a model of a sequence classifier.
+    """
+
+    def __init__(self, classifier: torch.nn.Module):
+        super().__init__()
+        linear = [module for module in classifier.modules() if isinstance(module, torch.nn.Linear)][-1]
+        if linear.out_features != classifier.config.num_labels:
+            raise ValueError(f"{type(classifier).__name__} does not end in a linear layer over its labels.")
+        self.multi_label = classifier.config.problem_type == "multi_label_classification"
+        self.head: torch.Tensor | None = None
+        linear.register_forward_pre_hook(self._keep)
+
+    def _keep(self, _, inputs) -> None:
+        self.head = inputs[0]  # (texts, hidden): in a RoBERTa what dense and tanh gave
+
+    def forward(self, features: dict, **kwargs) -> dict:
+        logits = features["scores"]  # (texts, classes)
+        probabilities = logits.sigmoid() if self.multi_label else logits.softmax(-1)
+        features["classifier"] = torch.cat([self.head, probabilities], dim=-1)
+        features["token_embeddings"] = features["all_layer_embeddings"][-1]  # (texts, tokens, hidden)
+        return features
+
+    def save(self, *args, **kwargs) -> None:
+        raise NotImplementedError("The features are computed from the classifier; save that.")
+
+
+class _Together(Module):
+    """Puts the pooled vectors and the classifier's beside each other: (texts, cls + mean + head + classes)."""
+
+    def forward(self, features: dict, **kwargs) -> dict:
+        features["sentence_embedding"] = torch.cat([features["sentence_embedding"], features["classifier"]], dim=-1)
+        return features
+
+    def save(self, *args, **kwargs) -> None:
+        raise NotImplementedError("The features are computed from the classifier; save that.")
 
 
 class EmotionFeatures:
     """
-    Encodes texts by a text emotion classifier.
+    Encodes texts by a text emotion classifier, through sentence-transformers.
 
     Args:
         model: Hub id or folder of a sequence classifier.
         pooling: `mean` or `cls`: the last layer's vectors, averaged over the text's tokens or the first one's.
+            `head`: what the classifier's last linear layer gets, in a RoBERTa the hidden layer of its head.
             `probabilities`: those of the classes, each by itself (sigmoid) where the classifier is multi-label as the
             GoEmotions one is, else of one among all (softmax).
         device: where to run; a GPU if there is one by default.
@@ -43,27 +85,33 @@ class EmotionFeatures:
         if pooling not in POOLINGS:
             raise ValueError(f"The pooling {pooling!r} is not one of {', '.join(POOLINGS)}.")
         self.model_name, self.pooling, self.batch_size = str(model), pooling, batch_size
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = str(device) if device else ("cuda" if torch.cuda.is_available() else "cpu")
         architectures = AutoConfig.from_pretrained(self.model_name).architectures or []
         if not any(name.endswith("ForSequenceClassification") for name in architectures):
             raise ValueError(
                 f"{self.model_name} is no text classifier (it holds {', '.join(architectures) or 'nothing named'}). "
                 f"Name one that was trained on emotions, such as {GO_EMOTIONS}."
             )
-        if pooling == "probabilities":
-            self._tokenizer = AutoTokenizer.from_pretrained(self.model_name)
-            classifier = AutoModelForSequenceClassification.from_pretrained(self.model_name, dtype=torch.float32)
-            self._classifier = classifier.to(self.device).eval()
-            self._multi_label = classifier.config.problem_type == "multi_label_classification"
-        else:
-            verbosity = logging.get_verbosity()
-            logging.set_verbosity_error()  # without its head the classifier is reported as a broken checkpoint
-            try:
-                transformer = Transformer(self.model_name, model_kwargs={"dtype": torch.float32})
-            finally:
-                logging.set_verbosity(verbosity)
-            pool = Pooling(transformer.get_embedding_dimension(), pooling_mode=pooling)
-            self._encoder = SentenceTransformer(modules=[transformer, pool], device=self.device)
+        transformer = Transformer(
+            self.model_name,
+            transformer_task="sequence-classification",
+            model_kwargs={"dtype": torch.float32},
+            config_kwargs={"output_hidden_states": True},
+        )
+        hidden = transformer.get_embedding_dimension()
+        modules = [
+            transformer,
+            _ClassifierOutputs(transformer.auto_model),
+            Pooling(hidden, pooling_mode=("cls", "mean")),
+            _Together(),
+        ]
+        self._encoder = SentenceTransformer(modules=modules, device=self.device).eval()
+        self._columns = {
+            "cls": slice(0, hidden),
+            "mean": slice(hidden, 2 * hidden),
+            "head": slice(2 * hidden, -transformer.auto_model.config.num_labels),
+            "probabilities": slice(-transformer.auto_model.config.num_labels, None),
+        }
 
     @property
     def description(self) -> str:
@@ -80,25 +128,18 @@ class EmotionFeatures:
         Raises:
             ValueError: for a text that is empty or no string, naming its row.
         """
+        return self.encode_all(texts)[self.pooling]
+
+    def encode_all(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """As `encode`, under each of `POOLINGS`, out of one pass of the classifier."""
         check_texts(texts, "texts")
         unique = {text: place for place, text in enumerate(dict.fromkeys(texts))}
-        if self.pooling == "probabilities":
-            vectors = self._probabilities(list(unique))
-        else:
-            vectors = self._encoder.encode(list(unique), batch_size=self.batch_size, show_progress_bar=False)
-        vectors = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
-        return vectors.astype(np.float32)[[unique[text] for text in texts]]
-
-    @torch.inference_mode()
-    def _probabilities(self, texts: list[str]) -> np.ndarray:
-        """(len(texts), classes); texts of like length go together."""
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        result = np.zeros((len(texts), self._classifier.config.num_labels), dtype=np.float32)
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            batch = self._tokenizer([texts[i] for i in rows], padding=True, truncation=True, return_tensors="pt")
-            logits = self._classifier(**batch.to(self.device)).logits  # (rows, classes)
-            result[rows] = (logits.sigmoid() if self._multi_label else logits.softmax(-1)).cpu().numpy()
+        vectors = self._encoder.encode(list(unique), batch_size=self.batch_size, show_progress_bar=False)
+        places, result = [unique[text] for text in texts], {}
+        for pooling in POOLINGS:
+            part = vectors[:, self._columns[pooling]]
+            part = part / np.maximum(np.linalg.norm(part, axis=-1, keepdims=True), 1e-12)
+            result[pooling] = part.astype(np.float32)[places]
         return result
 
     def similarity(self, a: Sequence[str], b: Sequence[str]) -> np.ndarray:

@@ -260,3 +260,31 @@ def tiny_config():
         return EmpathicConfig(**{**parts, **overrides})
 
     return make
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A `HubServer`, which this process and those that it starts take for the Hub, logged in as `me`."""
+    import time
+    from types import SimpleNamespace
+
+    from huggingface_hub import constants, utils
+    from huggingface_hub.utils import _http
+
+    monkeypatch.syspath_prepend(os.path.dirname(__file__))
+    from hub_server import HubServer
+
+    with HubServer() as server:
+        for name, value in server.environment(tmp_path / "hf_home").items():
+            monkeypatch.setenv(name, value)
+        # The client read its environment when it was imported.
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf_home" / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf_home" / "token"))
+        monkeypatch.setattr(_http, "time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
+        yield server
+        utils.close_session()

@@ -9,7 +9,7 @@ from datasets import load_dataset
 
 from empathic.cli import build_parser, main
 
-COMMANDS = ("quickstart", "prepare", "counter", "train", "merge", "chat")
+COMMANDS = ("quickstart", "prepare", "prepare-features", "counter", "train", "merge", "push", "chat")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -21,7 +21,7 @@ def test_help_shows_an_example(command, capsys):
     assert f"example:\n  empathic {command} " in text
     example = text.split("example:\n  empathic ")[1].split()
     known, rest = build_parser().parse_known_args(example)
-    assert known.command == command and (command == "train" or not rest)
+    assert known.command == command and (command in ("train", "prepare-features") or not rest)
 
 
 def test_unknown_arguments_are_an_error(capsys):
@@ -45,6 +45,36 @@ def test_prepare_reports_and_exits(tmp_path, write_media, grey_frames, tone, cap
     assert sum(len(rows) for rows in load_dataset(str(tmp_path / "out")).values()) == 2
     (raw / "metadata.jsonl").write_text("{}\n")
     assert main(["prepare", "folder", str(raw), str(tmp_path / "empty")]) == 1
+    assert "left out: 1\n  metadata.jsonl:1: " in capsys.readouterr().out
+    (raw / "metadata.jsonl").unlink()
+    for bad in (raw, tmp_path / "nowhere"):
+        assert main(["prepare", "folder", str(bad), str(tmp_path / "empty")]) == 1
+        printed = capsys.readouterr()
+        assert printed.out == "" and "there is no such" in printed.err and "Traceback" not in printed.err
+
+
+def test_prepare_passes_its_options_on(tmp_path, monkeypatch):
+    from empathic.data_prep import prepare
+
+    seen = []
+    empty = dict(rows=1, found=1, splits={}, published={"differences": []})
+    empty |= dict(left_out=[], repaired=[], without_media=[], ignored=[])
+    monkeypatch.setattr(prepare, "prepare_corpus", lambda *args, **options: seen.append((args, options)) or empty)
+    assert main(["prepare", "meld", "a", "b"]) == 0
+    assert seen[0] == (("meld", "a", "b"), dict(
+        embed=False, num_workers=1, split_seed=0, emotion_map={}, keep_calm=False, crowd_labels=False, crop=True,
+        video_pattern=None,
+    ))  # fmt: skip
+    options = "--embed --num-workers 3 --split-seed 5 --keep-calm --crowd-labels --no-crop --video-pattern {stem}.mp4"
+    mapping = ["--emotion-map", "fru=angry", "exc=Happy", "--emotion-map", "xxx="]
+    main(["prepare", "crema-d", "a", "b", *options.split(), *mapping])
+    assert seen[1][1] == dict(
+        embed=True, num_workers=3, split_seed=5, keep_calm=True, crowd_labels=True, crop=False,
+        video_pattern="{stem}.mp4", emotion_map={"fru": "angry", "exc": "happy", "xxx": None},
+    )  # fmt: skip
+    for wrong in (["--emotion-map", "fru"], ["--num-workers", "0"]):
+        with pytest.raises(SystemExit):
+            main(["prepare", "meld", "a", "b", *wrong])
 
 
 def test_train_goes_through_accelerate_launch(tmp_path):

@@ -1,29 +1,29 @@
-"""Counter-emotional replies: generation, selection, pairs and their files."""
+"""Counter-emotional preference pairs: selection, files, audit page."""
 
 import json
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from datasets import load_dataset
-from peft import LoraConfig, get_peft_model
+from datasets import Dataset, load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+from trl.data_utils import is_conversational
 
+from empathic.composition_empathic import STAGE_FILE
 from empathic.configuration_empathic import EMOTIONS
 from empathic.data_prep import counter
-from empathic.data_prep.counter import (
-    SeededSampler,
-    build_pairs,
-    generate_candidates,
-    normalised,
-    select_rejected,
-    write_pairs,
-)
+from empathic.data_prep.audit import BINS
+from empathic.data_prep.candidates import EmpathicGenerator, Reply, Sampling
+from empathic.data_prep.counter import counter_pairs, identity_of, write_candidates
+from empathic.data_prep.pairs import drop_reasons, normalised, overlap, select
 from empathic.data_prep.schema import row_features
-from empathic.data_prep.views import make_sample
+from empathic.data_prep.views import DialogueSamples, make_sample
+from empathic.evaluation.emotion_features import POOLINGS
+from empathic.trainers import EPOConfig, EPOTrainer
 from empathic.trainers.preference_collator import PreferenceCollator
-
-LORA = dict(r=4, lora_alpha=64, target_modules=r".*language_model.*\.(q_proj|v_proj)", init_lora_weights=False)
 
 
 def turn_row(turn, speaker, text, dialogue="d1", split="train", emotion=None, **media):
@@ -32,224 +32,86 @@ def turn_row(turn, speaker, text, dialogue="d1", split="train", emotion=None, **
     return {**row, "speaker": speaker, "text": text, "emotion": emotion, **media}
 
 
-def sample_of(*texts, dialogue="d1", split="train", emotion="happy", **media):
-    """The sample whose reply is the last text; clara and mira take turns, `media` is the sentence's."""
+def rows_of(*texts, dialogue="d1", split="train", emotion="happy", **media):
+    """clara and mira take turns; `media` and `emotion` are those of the last turn but one."""
     rows = [turn_row(i, ("clara", "mira")[i % 2], text, dialogue, split) for i, text in enumerate(texts)]
     rows[-2].update(emotion=emotion, **media)
+    return rows
+
+
+def sample_of(*texts, **options):
+    """The sample whose reply is the last text."""
+    rows = rows_of(*texts, **options)
     return make_sample(rows, len(rows) - 1)
 
 
-TEXTS = [
-    ("hello there", "i am fine"),
-    ("how are you", "fine thanks", "what did he say about the old dog", "hello"),
-    ("i am clara", "hello clara", "thanks", "fine", "how are you", "i am fine thanks"),
-]
+class Scripted:
+    """Says `script[emotion]`, or to a sentence that is a key of the script what that says, and counts its work."""
+
+    def __init__(self, script, finished=True):
+        self.script, self.finished, self.written = script, finished, 0
+
+    def prompt(self, messages, emotion):
+        sentence = messages[-1]["content"]
+        sentence = sentence if isinstance(sentence, str) else sentence[-1].get("text")
+        if sentence is None:
+            raise ValueError("the last message has no text")
+        return {"input_ids": [0], "text": self.script.get(sentence, self.script)[emotion]}
+
+    def replies(self, prompts, seeds):
+        self.written += len(prompts)
+        return [Reply(prompt["text"], self.finished) for prompt in prompts]
 
 
-@pytest.fixture
-def conversations():
-    return [sample_of(*texts)["prompt"] for texts in TEXTS]
+class Cosines:
+    """Texts at a chosen cosine from `true`; under each further pooling at half the one before."""
+
+    def __init__(self, true, **cosines):
+        self.cosines = {true: 1.0, **cosines}
+
+    def encode_all(self, texts):
+        result = {}
+        for place, pooling in enumerate(POOLINGS):
+            cosines = np.array([self.cosines[text] / (1 if self.cosines[text] == 1 else 2**place) for text in texts])
+            result[pooling] = np.stack([cosines, np.sqrt(1 - cosines**2)], axis=1).astype(np.float32)
+        return result
 
 
-class HashedFeatures:
-    """Any text -> a direction of its own, always the same."""
+class Hashed:
+    """Any text -> a direction of its own, always the same, another one under each pooling."""
 
-    description = "hashed"
-
-    def encode(self, texts):
-        vectors = np.stack([np.random.default_rng(list(text.encode())).normal(size=4) for text in texts])
-        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-
-
-class CosineFeatures:
-    """Texts at a chosen cosine from the true reply `reply`."""
-
-    description = "chosen cosines"
-
-    def __init__(self, reply, **cosines):
-        self.cosines = {reply: 1.0, **cosines}
-
-    def encode(self, texts):
-        cosines = np.array([self.cosines[text] for text in texts])
-        return np.stack([cosines, np.sqrt(1 - cosines**2)], axis=1).astype(np.float32)
+    def encode_all(self, texts):
+        result = {}
+        for place, pooling in enumerate(POOLINGS):
+            vectors = [np.random.default_rng([place, *text.encode()]).normal(size=4) for text in texts]
+            result[pooling] = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+        return result
 
 
-@pytest.fixture
-def scripted(model, processor, monkeypatch):
-    """A function: from now on the model says `script[emotion]` to the prompt of an emotion, and then ends its turn."""
-
-    def write(script, ends=True):
-        def generate(input_ids, **kwargs):
-            prompts = processor.tokenizer.batch_decode(input_ids)
-            said = [next(e for e in EMOTIONS if f"feeling:\n{e}\n" in prompt) for prompt in prompts]
-            replies = [processor.encode_plain(script[emotion]) for emotion in said]
-            longest, pad, end = (
-                max(map(len, replies)) + 1,
-                processor.tokenizer.pad_token_id,
-                processor.tokenizer.eos_token_id,
-            )
-            rows = [row + [end if ends else pad] + [pad] * (longest - 1 - len(row)) for row in replies]
-            return torch.cat([input_ids, torch.tensor(rows)], dim=1)
-
-        monkeypatch.setattr(model, "generate", generate)
-
-    return write
-
-
-# ---------------------------------------------------------------------------------------------------- generation
-
-
-def texts_of(candidates):
-    return [[candidate["text"] for candidate in row] for row in candidates]
-
-
-def test_greedy_replies_do_not_depend_on_the_batch(model, processor, conversations):
-    def write(conversations, batch_size):
-        return generate_candidates(
-            model, processor, conversations, batch_size=batch_size, do_sample=False, progress=False, max_new_tokens=8
-        )
-
-    together = write(conversations, 64)
-    assert [[candidate["emotion"] for candidate in row] for row in together] == [list(EMOTIONS)] * 3
-    assert len({text for row in texts_of(together) for text in row}) > 10  # the emotion and the conversation matter
-    assert write(conversations, 4) == together
-    assert [write([conversation], 1)[0] for conversation in conversations] == together
-
-
-def test_sampled_replies_depend_on_seed_and_id_alone(model, processor, conversations):
-    def write(conversations, ids, batch_size=64, seed=0):
-        options = dict(batch_size=batch_size, seed=seed, temperature=0.7, max_new_tokens=8, progress=False)
-        return generate_candidates(model, processor, conversations, ids=ids, **options)
-
-    together = write(conversations, "abc")
-    torch.manual_seed(123)
-    assert write(conversations[::-1], "cba", batch_size=5) == together[::-1]
-    assert write([conversations[1]], "b", batch_size=1) == [together[1]]
-    assert write(conversations, "abc", seed=1) != together
-    assert write(conversations, "xyz") != together
-
-
-def test_seeded_sampler_draws_from_the_distribution():
-    scores = torch.log(torch.tensor([0.5, 0.3, 0.0, 0.2])).expand(4000, 4)
-
-    def shares(**options):
-        seeds = [f"row {i}" for i in range(4000)]
-        chosen = SeededSampler(seeds, **options)(torch.zeros(4000, 1, dtype=torch.long), scores)
-        assert torch.isfinite(chosen).sum(1).eq(1).all()
-        return torch.bincount(chosen.argmax(1), minlength=4) / 4000
-
-    torch.testing.assert_close(shares(), torch.tensor([0.5, 0.3, 0.0, 0.2]), atol=0.03, rtol=0)
-    torch.testing.assert_close(shares(top_k=2), torch.tensor([0.625, 0.375, 0.0, 0.0]), atol=0.03, rtol=0)
-    squared = torch.tensor([0.25, 0.09, 0.0, 0.04])
-    torch.testing.assert_close(shares(temperature=0.5), squared / squared.sum(), atol=0.03, rtol=0)
-    assert shares(top_p=0.5).tolist() == [1, 0, 0, 0]
-
-
-def test_sampling_settings_come_from_the_call_then_from_the_model(model, processor, conversations, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        counter, "SeededSampler", lambda seeds, **sampling: seen.append(sampling) or SeededSampler(seeds)
+def run(samples, generator, features, out, about=None, **options):
+    """The report, and the rows of each split that has any."""
+    samples = samples if isinstance(samples, dict) else {"train": samples}
+    report = counter_pairs(
+        samples, lambda: generator, lambda: features, out, about or {}, **{"progress": False, **options}
     )
-    model.generation_config.update(temperature=0.7, top_k=20)
-    for options in ({}, {"temperature": 1.5, "top_p": 0.9}):
-        generate_candidates(model, processor, conversations[:1], max_new_tokens=1, progress=False, **options)
-    assert seen == [
-        {"temperature": 0.7, "top_k": 20, "top_p": 1.0},
-        {"temperature": 1.5, "top_k": 20, "top_p": 0.9},
-    ]
-    with pytest.raises(ValueError, match="no num_return_sequences"):
-        generate_candidates(model, processor, conversations[:1], num_return_sequences=2)
+    rows = load_dataset(str(out), cache_dir=f"{out}-cache") if report["pairs"] else {}
+    return report, {split: list(part) for split, part in rows.items()}
 
 
-@pytest.mark.parametrize("kind", ["native", "peft"])
-def test_adapters_are_off_while_writing_and_back_afterwards(model, processor, conversations, kind):
-    options = dict(do_sample=False, max_new_tokens=6, progress=False)
-    plain = generate_candidates(model, processor, conversations, **options)
-    torch.manual_seed(0)
-    if kind == "native":
-        model.add_adapter(LoraConfig(**LORA))
-        adapted = model
-    else:
-        adapted = get_peft_model(model, LoraConfig(**LORA))
-    adapted.train()
-    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
-    with_adapter = generate_candidates(adapted, processor, conversations, use_adapter=True, **options)
-    assert with_adapter != plain
-    assert generate_candidates(adapted, processor, conversations, **options) == plain
-    assert generate_candidates(adapted, processor, conversations, use_adapter=True, **options) == with_adapter
-    assert [name for name, parameter in adapted.named_parameters() if parameter.requires_grad] == trained
-    assert trained and all("lora" in name for name in trained)
-    assert adapted.training
+# ------------------------------------------------------------------------------------------------------ selection
 
 
-def test_frozen_adapters_stay_frozen(model, processor, conversations):
-    model.add_adapter(LoraConfig(**LORA))
-    model.requires_grad_(False)
-    generate_candidates(model, processor, conversations, do_sample=False, max_new_tokens=1, progress=False)
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert model.model.language_model.layers[0].self_attn.q_proj.disable_adapters is False
-
-
-def test_disabled_adapters_stay_disabled(model, processor, conversations):
-    model.add_adapter(LoraConfig(**LORA))
-    model.disable_adapters()
-    options = dict(do_sample=False, max_new_tokens=4, progress=False, use_adapter=True)
-    before = generate_candidates(model, processor, conversations, **options)
-    generate_candidates(model, processor, conversations, **{**options, "use_adapter": False})
-    assert generate_candidates(model, processor, conversations, **options) == before
-
-
-def test_the_history_reaches_the_model(model, processor, monkeypatch):
-    """In memory by default, as chat turns or not at all on demand; clips are never opened, system messages left out."""
-    messages = [
-        {"role": "system", "content": "Talk like a pirate."},
-        {"role": "user", "name": "clara", "content": "i am clara"},
-        {"role": "assistant", "name": "mira", "content": [{"type": "text", "text": "hello clara"}]},
-        {
-            "role": "user",
-            "content": [{"type": "video", "path": "not there.mp4"}, {"type": "text", "text": "how are you"}],
-        },
-    ]
-    batches, generate = [], model.generate
-    monkeypatch.setattr(model, "generate", lambda **kwargs: batches.append(kwargs) or generate(**kwargs))
-    written = {}
-    for history in ("memory", "text", "none"):
-        options = dict(do_sample=False, max_new_tokens=8, progress=False, history=history)
-        written[history] = texts_of(generate_candidates(model, processor, [messages], **options))
-    memory, text, none = batches
-    recalled = processor.memory_tokenizer.batch_decode(memory["memory_input_ids"])
-    assert recalled == ["clara: i am clara<MEM>mira: hello clara<MEM>"] * 7
-    assert "memory_input_ids" not in text and "memory_input_ids" not in none
-    prompts = {
-        name: processor.tokenizer.decode(batch["input_ids"][0]) for name, batch in zip(written, batches, strict=True)
-    }
-    assert "hello clara" in prompts["text"] and "clara" not in prompts["none"] + prompts["memory"]
-    assert all("how are you" in prompt and "pirate" not in prompt for prompt in prompts.values())
-    assert all("pixel_values_videos" not in batch for batch in batches)
-    assert len({str(texts) for texts in written.values()}) == 3
-
-
-def test_a_conversation_that_cannot_be_answered_is_named(model, processor, conversations):
-    silent = [{"role": "user", "content": [{"type": "audio", "path": "a.wav"}]}]
-    with pytest.raises(ValueError, match="conversation 1: the last message has no text"):
-        generate_candidates(model, processor, [conversations[0], silent])
-    with pytest.raises(ValueError, match="conversation 0: The last message is the assistant's"):
-        generate_candidates(model, processor, [[*conversations[0], {"role": "assistant", "content": "hello"}]])
-    with pytest.raises(ValueError, match=r"history is 'all'; it is one of memory, text, none"):
-        generate_candidates(model, processor, conversations, history="all")
-
-
-# ----------------------------------------------------------------------------------------------------- selection
+def candidates_of(*similarities):
+    return [{"dropped": None, "similarities": {"mean": similarity}} for similarity in similarities]
 
 
 def test_the_least_similar_is_selected_if_it_is_strictly_below():
-    features = CosineFeatures("true", a=0.5, b=-0.25, c=0.0625, d=-0.25)
-    index, similarities = select_rejected("true", ["a", "b", "c", "d"], features, threshold=0.1)
-    assert index == 1
-    np.testing.assert_allclose(similarities, [0.5, -0.25, 0.0625, -0.25], atol=1e-6)
-    # 0.5 and 0.25 are exact in float32
-    assert select_rejected("true", ["a"], features, threshold=0.5)[0] is None
-    assert select_rejected("true", ["a"], features, threshold=0.5001)[0] == 0
+    assert select(candidates_of(0.5, -0.25, 0.0625, -0.25), "mean", 0.1) == (1, -0.25)
+    assert select(candidates_of(0.5), "mean", 0.5) == (None, 0.5)
+    assert select(candidates_of(0.5), "mean", 0.5001) == (0, 0.5)
+    dropped = [{"dropped": "empty", "similarities": {"mean": None}}]
+    assert select([*dropped, *candidates_of(0.3, 0.2)], "mean", 0.25) == (2, 0.2)
+    assert select(dropped, "mean", 1.0) == (None, None)
 
 
 def test_normalised_texts():
@@ -257,6 +119,34 @@ def test_normalised_texts():
     assert normalised("ｆｉｎｅ") == "fine"
     assert normalised("...") == ""
 
+
+def test_overlap_is_dices_coefficient_of_trigrams():
+    assert overlap("I am sorry!", "i am sorry") == 1.0
+    assert overlap("i am sorry", "i am so sorry") == pytest.approx(2 * 10 / 23)
+    assert overlap("ab", "ab ab") == pytest.approx(2 * 2 / 7)  # " ab", "ab " of " ab", "ab ", "b a", " ab", "ab "
+    assert overlap("hello", "thanks") == 0.0 and overlap("", "thanks") == 0.0
+
+
+def test_why_candidates_are_dropped():
+    texts = ["what a day", " ... ", "I  am FINE!", "What a day.", "what a dayy", "i am fine oh", "the dog"]
+    assert drop_reasons("i am fine", texts, near=0.8) == [
+        None,
+        "empty",
+        "same as the true reply",
+        "same as another candidate",
+        "near duplicate of another candidate",
+        "near duplicate of the true reply",
+        None,
+    ]
+    assert drop_reasons("i am fine", texts)[3:] == ["same as another candidate", None, None, None]
+    # What is near to something dropped is no duplicate of a candidate that counts.
+    assert drop_reasons("aaaa bbbb cccc", ["aaaa bbbb cccd", "aaaa bbbb ccdd"], near=0.8) == [
+        "near duplicate of the true reply",
+        None,
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------- pairs
 
 SCRIPT = {
     "angry": "what",
@@ -267,140 +157,313 @@ SCRIPT = {
     "sad": "the dog",
     "surprise": "old",
 }
+COSINES = {"what": 0.4, "thanks": 0.9, "hello": 0.3, "old": 0.08, "the dog": -0.5, "I  AM fine!": 1.0}
 
 
-def test_build_pairs_by_a_worked_example(model, processor, scripted):
-    scripted(SCRIPT)
-    others = {"the dog": -0.5, "I  AM fine!": 1.0}
-    features = CosineFeatures("i am fine", what=0.4, thanks=0.9, hello=0.3, old=0.05, **others)
+def test_pairs_by_a_worked_example(tmp_path):
     sample = sample_of("hello there", "i am fine")
-    rows, report = build_pairs([sample], model, processor, features, batch_size=3, progress=False)
-    (row,) = rows
-    assert row["prompt"] is sample["prompt"]
+    report, rows = run([sample], Scripted(SCRIPT), Cosines("i am fine", **COSINES), tmp_path, {"seen": 1})
+    (row,) = rows["train"]
+    assert row["prompt"][0]["role"] == "user" and row["prompt"][0]["content"][0]["text"] == "hello there"
     assert row["chosen"] == [{"role": "assistant", "content": "i am fine"}]
     assert row["rejected"] == [{"role": "assistant", "content": "the dog"}]
-    assert row["rejected_emotion"] == "sad" and row["similarity"] == pytest.approx(-0.5, abs=1e-6)
+    assert row["rejected_emotion"] == "sad" and row["similarity"] == -0.5
     assert (row["corpus"], row["dialogue_id"], row["turn"], row["utterance_id"]) == ("tests", "d1", 1, "d1-1")
     assert row["emotion"] == "happy"
-    expected = [0.4, None, None, 0.9, 0.3, -0.5, 0.05]
     assert [c["emotion"] for c in row["candidates"]] == list(EMOTIONS)
-    assert [c["text"] for c in row["candidates"]] == [text.strip() for text in SCRIPT.values()]
-    for candidate, similarity in zip(row["candidates"], expected, strict=True):
-        assert candidate["similarity"] == (None if similarity is None else pytest.approx(similarity, abs=1e-6))
-    assert report["samples"] == report["pairs"] == 1 and report["passed_threshold"] == 1.0
-    assert report["candidates"] == {
+    assert [c["text"] for c in row["candidates"]] == list(SCRIPT.values())
+    assert [c["similarity"] for c in row["candidates"]] == [0.4, None, 1.0, 0.9, 0.3, -0.5, 0.08]
+    assert [c["dropped"] for c in row["candidates"][1:3]] == ["empty", "same as the true reply"]
+    assert row["candidates"][0]["similarities"] == {"mean": 0.4, "cls": 0.2, "head": 0.1, "probabilities": 0.05}
+
+    assert report["settings"]["seen"] == 1 and report["settings"]["threshold"] == 0.1 and report["pairs"] == 1
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    counts = report["splits"]["train"]
+    assert (counts["samples"], counts["pairs"], counts["scored"]) == (1, 1, 1)
+    assert counts["candidates"] == {
         "written": 7,
-        "distinct": 7.0,
+        "kept": 5,
         "dropped": {"empty": 1, "same as the true reply": 1},
         "unfinished": 0,
     }
-    assert report["dropped"] == [
-        {"item": "tests/train/d1/1", "emotion": "disgust", "reason": "empty"},
-        {"item": "tests/train/d1/1", "emotion": "fearful", "reason": "same as the true reply"},
-    ]
-    assert report["rejected_emotions"]["sad"] == 1 and sum(report["rejected_emotions"].values()) == 1
-    assert report["features"] == "chosen cosines" and report["adapters"] == "off" and report["warnings"] == []
+    assert counts["rejected_emotions"]["happy"]["sad"] == 1
+    assert sum(sum(row.values()) for row in counts["rejected_emotions"].values()) == 1
+    assert counts["passed_threshold"] == dict.fromkeys(POOLINGS, 1.0)
+    assert counts["lowest_similarity"]["cls"] == {"least": -0.25, "median": -0.25, "greatest": -0.25}
+    bins = dict(zip(BINS, counts["similarities"]["all_candidates"], strict=False))
+    assert {edge for edge, count in bins.items() if count} == {-0.5, 0.05, 0.3, 0.4, 0.9}
+    assert dict(zip(BINS, counts["similarities"]["lowest_of_each_sample"], strict=False))[-0.5] == 1
+    assert counts["warnings"] == [] and counts["left_out"] == []
 
 
-def test_what_is_left_out_is_reported_and_few_pairs_are_said_loudly(model, processor, scripted, monkeypatch):
+def test_what_is_left_out_is_reported_and_few_pairs_are_said_loudly(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(counter.logger, "warning", said.append)
-    scripted(dict.fromkeys(EMOTIONS, "old"), ends=False)
     silent = sample_of("hello", "thanks", dialogue="silent")
     silent["prompt"] = [{"role": "user", "content": [{"type": "audio", "path": "a.wav"}]}]
-    backwards = sample_of("hello", "thanks", dialogue="backwards")
-    backwards["prompt"] = [{"role": "assistant", "content": "hello"}]
     samples = [
         sample_of("hello", "thanks", dialogue="near"),
         silent,
         sample_of("hello", "Old.", dialogue="same"),
-        backwards,
         sample_of("hello", " ", dialogue="wordless"),
     ]
-    features = CosineFeatures("thanks", old=0.25, **{"Old.": 1.0})
-    rows, report = build_pairs(samples, model, processor, features, batch_size=2, progress=False)
-    assert rows == []
-    assert {item["item"].split("/")[2]: item["reason"] for item in report["left_out"]} == {
+    features = Cosines("thanks", old=0.25, **{"Old.": 1.0})
+    report, rows = run(samples, Scripted(dict.fromkeys(EMOTIONS, "old"), finished=False), features, tmp_path)
+    counts = report["splits"]["train"]
+    assert rows == {} and not list((tmp_path / "data").iterdir()) and not (tmp_path / "README.md").exists()
+    assert {item["item"].split("/")[2]: item["reason"] for item in counts["left_out"]} == {
         "near": "no candidate is below the threshold 0.1: the lowest similarity is 0.250",
-        "silent": "the last message has no text, and a counter-emotional reply is an answer to the text",
-        "same": "every candidate is empty or the same as the true reply",
-        "backwards": "The last message is the assistant's, but the model answers the user: end with the user's.",
+        "silent": "the last message has no text",
+        "same": "every candidate is empty, or the same or nearly the same as the true reply",
         "wordless": "the true reply is empty",
     }
-    assert report["pairs"] + len(report["left_out"]) == report["samples"] == 5
-    assert report["candidates"]["written"] == 14 and report["candidates"]["unfinished"] == 14
-    assert report["passed_threshold"] == 0.0
-    assert "Only 0 of 1 samples (0.0%) have a candidate below the threshold 0.1" in report["warnings"][0]
-    assert "14 of 14 candidates were cut off" in report["warnings"][1]
-    assert "1.0 different candidates of 7 on average" in report["warnings"][2]
-    assert said == report["warnings"]
+    assert counts["pairs"] + len(counts["left_out"]) == counts["samples"] == 4
+    assert counts["candidates"]["written"] == 14 and counts["candidates"]["unfinished"] == 14
+    assert counts["candidates"]["dropped"] == {"same as another candidate": 6, "same as the true reply": 7}
+    # 0.25, 0.125, 0.0625 and 0.03125: the audit says what other poolings would have given
+    assert counts["passed_threshold"] == {"mean": 0.0, "cls": 0.0, "head": 1.0, "probabilities": 1.0}
+    assert "Only 0 of 1 samples (0.0%) have a candidate below the threshold 0.1" in counts["warnings"][0]
+    assert "mean 0.0%, cls 0.0%, head 100.0%, probabilities 100.0%" in counts["warnings"][0]
+    assert "14 of 14 candidates were cut off" in counts["warnings"][1]
+    assert "0.5 different candidates of 7 on average" in counts["warnings"][2]
+    assert said == [f"train: {warning}" for warning in counts["warnings"]]
+    assert "Only 0 of 1 samples" in counter.summary(report, "out")
+    page = (tmp_path / "audit.html").read_text()
+    assert page.count('<p class="warning">') == 3
 
 
-def test_pairs_do_not_depend_on_place_or_batch(model, processor):
+def test_five_in_a_hundred_are_not_few(tmp_path):
+    """At exactly the limit nothing is said, one sample more and it is."""
+    for count, is_few in ((20, False), (21, True)):
+        samples = [sample_of("pass" if i == 0 else "fail", "true", dialogue=f"d{i}") for i in range(count)]
+        low, high = dict.fromkeys(EMOTIONS, "low"), dict.fromkeys(EMOTIONS, "high")
+        script = {"pass": {**low, "sad": "zzz"}, "fail": {**high, "sad": "zzz"}}
+        report, _ = run(samples, Scripted(script), Cosines("true", low=0.0, high=0.5, zzz=0.6), tmp_path / str(count))
+        warnings = [w for w in report["splits"]["train"]["warnings"] if w.startswith("Only 1 of")]
+        assert report["pairs"] == 1 and bool(warnings) == is_few
+
+
+CHAT = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ '' + m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+TEXTS = [
+    ("hello there", "i am fine"),
+    ("how are you", "fine thanks", "what did he say about the old dog", "hello"),
+    ("i am clara", "hello clara", "thanks", "fine", "how are you", "i am fine thanks"),
+]
+
+
+def test_candidates_do_not_depend_on_place_or_batch(model, processor):
     samples = [sample_of(*texts, dialogue=f"d{i}") for i, texts in enumerate(TEXTS)]
-    options = dict(threshold=2.0, max_new_tokens=6, progress=False)
-    rows, report = build_pairs(samples, model, processor, HashedFeatures(), **options)
-    assert len(rows) == 3 and report["generation"] == {"do_sample": True, "max_new_tokens": 6}
-    other, _ = build_pairs(samples[::-1], model, processor, HashedFeatures(), batch_size=1, **options)
-    for row, same in zip(rows, other[::-1], strict=True):
-        assert row["candidates"] == same["candidates"] and row["rejected"] == same["rejected"]
+
+    def written(samples, batch_size):
+        generator = EmpathicGenerator(model, processor, sampling=Sampling(6), batch_size=batch_size)
+        return write_candidates(samples, generator, Hashed(), EMOTIONS, 0)
+
+    assert written(samples[::-1], 1) == written(samples, 32)[::-1]
 
 
-# ------------------------------------------------------------------------------------------------------- writing
+def test_another_threshold_or_pooling_writes_nothing_again_and_another_seed_all(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(counter.logger, "warning", said.append)
+    samples = [sample_of("hello there", "i am fine", dialogue=f"d{i}") for i in range(5)]
+    generator, features = Scripted(SCRIPT), Cosines("i am fine", **COSINES)
+
+    def rejected(**options):
+        _, rows = run(samples, generator, features, tmp_path, chunk_size=2, **options)
+        return [row["rejected"][0]["content"] for row in rows["train"]] if rows else []
+
+    assert rejected() == ["the dog"] * 5 and generator.written == 35
+    before = (tmp_path / "report.json").stat().st_mtime_ns
+    assert rejected() == ["the dog"] * 5 and (tmp_path / "report.json").stat().st_mtime_ns == before
+    assert rejected(threshold=-0.5) == [] and rejected(threshold=-0.3, pooling="cls") == []
+    assert rejected(threshold=-0.2, pooling="cls") == ["the dog"] * 5
+    assert generator.written == 35
+    samples.append(sample_of("hello there", "i am fine", dialogue="new"))
+    assert len(rejected()) == 6 and generator.written == 49  # the last chunk, which has grown
+    said.clear()
+    assert len(rejected(seed=1)) == 6 and generator.written == 49 + 42
+    assert len(said) == 1 and "other settings (seed): they are not used" in said[0]
+    samples[0]["reply"] = "i am fine thanks"
+    features.cosines["i am fine thanks"] = 1.0
+    assert len(rejected(seed=1)) == 6 and generator.written == 49 + 42 + 14
+    (tmp_path / "audit.html").unlink()
+    rejected(seed=1)
+    assert generator.written == 49 + 42 + 14 and (tmp_path / "audit.html").exists()
+
+
+def test_bad_settings_are_named(tmp_path):
+    for options, message in (
+        ({"emotions": ["calm"]}, "emotions are \\['calm'\\]; take some of"),
+        ({"pooling": "max"}, "pooling 'max' is not one of"),
+        ({"chunk_size": 0}, "chunk_size is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run([], None, None, tmp_path, **options)
+
+
+def test_a_checkpoint_is_known_by_its_files_and_those_of_its_base(tmp_path):
+    base, stage = tmp_path / "base", tmp_path / "stage"
+    for folder in (base, stage):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+    (stage / STAGE_FILE).write_text('{"stage": "dialogue", "base": "../base", "trained": []}')
+    first = identity_of(str(stage))
+    assert identity_of(str(stage)) == first
+    (base / "config.json").write_text('{"a": 1}')
+    assert identity_of(str(stage)) != first
+
+
+# --------------------------------------------------------------------------------------------------------- files
 
 
 def test_written_pairs_load_and_train(model, processor, clip, tmp_path):
     media = {"video": {"path": clip, "bytes": None}, "audio": {"path": "voice.mp4", "bytes": Path(clip).read_bytes()}}
-    samples = [
-        sample_of("hello there", "i am fine"),
-        sample_of("i am clara", "hello clara", "how are you", "fine", dialogue="d2", **media),
-        sample_of("hello", "thanks", dialogue="d3", split="test_freq"),
-    ]
-    samples[2]["prompt"] = [{"role": "user", "content": "hello"}]  # content may be a plain string
-    options = dict(threshold=2.0, max_new_tokens=5, progress=False)
-    rows, reports = {}, {}
-    for split, part in (("train", samples[:2]), ("test_freq", samples[2:]), ("empty", [])):
-        rows[split], reports[split] = build_pairs(part, model, processor, HashedFeatures(), **options)
-    write_pairs(rows, reports, tmp_path)
-    assert samples[2]["prompt"] == [{"role": "user", "content": "hello"}]
-
-    loaded = load_dataset(str(tmp_path), cache_dir=str(tmp_path / "cache"))
-    assert {split: len(data) for split, data in loaded.items()} == {"train": 2, "test_freq": 1}
-    row = loaded["train"][1]
+    samples = {
+        "train": [
+            sample_of("hello there", "i am fine"),
+            sample_of("i am clara", "hello clara", "how are you", "fine", dialogue="d2", **media),
+        ],
+        "test_freq": [sample_of("hello", "thanks", dialogue="d3", split="test_freq")],
+        "empty": [],
+    }
+    samples["test_freq"][0]["prompt"] = [{"role": "user", "content": "hello"}]  # content may be a plain string
+    generator = EmpathicGenerator(model, processor, sampling=Sampling(5))
+    report, rows = run(samples, generator, Hashed(), tmp_path / "out", threshold=2.0, near_duplicate=2.0)
+    assert samples["test_freq"][0]["prompt"] == [{"role": "user", "content": "hello"}]
+    assert {split: len(part) for split, part in rows.items()} == {"train": 2, "test_freq": 1}
+    assert report["splits"]["empty"]["samples"] == 0
+    row = rows["train"][1]
     assert row["prompt"][2]["content"][0]["bytes"] == media["audio"]["bytes"]
     assert row["chosen"] == [{"role": "assistant", "content": "fine"}]
-    assert row["rejected"][0]["content"] in [candidate["text"] for candidate in row["candidates"]]
-    assert row["similarity"] == min(candidate["similarity"] for candidate in row["candidates"])
-    for built, loaded_row in zip(rows["train"], loaded["train"], strict=True):
+    assert row["similarity"] == min(c["similarity"] for c in row["candidates"] if c["dropped"] is None)
+    for sample, loaded in zip(samples["train"], rows["train"], strict=True):
         built, again = (
-            processor.apply_chat_template(r["prompt"], tokenize=True, return_dict=True, return_tensors="pt")
-            for r in (built, loaded_row)
+            processor.apply_chat_template(prompt, tokenize=True, return_dict=True, return_tensors="pt")
+            for prompt in (sample["prompt"], loaded["prompt"])
         )
         assert built.keys() == again.keys()
-        assert ("pixel_values_videos" in built) == ("input_features" in built) == (loaded_row["dialogue_id"] == "d2")
+        assert ("pixel_values_videos" in built) == ("input_features" in built) == (loaded["dialogue_id"] == "d2")
         for key in built:
             assert torch.equal(built[key], again[key])
-    batch = PreferenceCollator(processor)(list(loaded["train"]))
+    batch = PreferenceCollator(processor)(rows["train"])
     assert batch["left_out"] == []
     targets = [processor.tokenizer.decode(ids[ids != -100], skip_special_tokens=True) for ids in batch["labels"]]
     assert targets[:2] == ["i am fine", "fine"]
-    assert json.loads((tmp_path / "report.json").read_text()) == reports
-    assert (reports["empty"]["samples"], reports["empty"]["pairs"]) == (0, 0)
+    args = EPOConfig(output_dir=str(tmp_path / "epo"), max_steps=1, per_device_train_batch_size=2, use_cpu=True)
+    EPOTrainer(model=model, args=args, train_dataset=rows["train"], processing_class=processor).train()
 
 
-def test_a_later_run_replaces_the_files(model, processor, tmp_path):
-    options = dict(threshold=2.0, max_new_tokens=3, progress=False)
+def test_plain_text_pairs_train_a_text_model_with_trl(parts, tmp_path):
+    """TRL's own DPOTrainer takes the rows as they are loaded."""
+    samples = [sample_of(*texts, dialogue=f"d{i}", audio={"path": "a", "bytes": b"a"}) for i, texts in enumerate(TEXTS)]
+    options = dict(threshold=2.0, plain_text=True)
+    run(samples, Scripted(SCRIPT), Hashed(), tmp_path / "out", **options)
+    rows = load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert is_conversational(rows[0]) and len(rows) == 3
+    assert rows[1]["prompt"][-1] == {"role": "user", "name": "clara", "content": "what did he say about the old dog"}
+    tokenizer = AutoTokenizer.from_pretrained(parts["text"])
+    tokenizer.chat_template = CHAT
+    args = DPOConfig(output_dir=str(tmp_path / "dpo"), max_steps=1, use_cpu=True, bf16=False, report_to="none")
+    text_model = AutoModelForCausalLM.from_pretrained(parts["text"])
+    trainer = DPOTrainer(model=text_model, args=args, train_dataset=rows, processing_class=tokenizer)
+    assert np.isfinite(trainer.train().training_loss)
+
+
+def test_a_later_run_replaces_the_files(tmp_path):
     for split in ("validation", "train"):
-        samples = [sample_of("hello", "thanks", split=split)]
-        rows, report = build_pairs(samples, model, processor, HashedFeatures(), **options)
-        write_pairs({split: rows}, {split: report}, tmp_path)
+        samples = {split: [sample_of("hello", "i am fine", split=split)]}
+        run(samples, Scripted(SCRIPT), Cosines("i am fine", **COSINES), tmp_path)
     (file,) = (tmp_path / "data").iterdir()
     assert file.name.startswith("train-00000-of-00001-")
+    run(samples, Scripted(SCRIPT), Cosines("i am fine", **COSINES), tmp_path, threshold=-1.0)
+    assert not list((tmp_path / "data").iterdir()) and not (tmp_path / "README.md").exists()
 
 
 def test_media_that_no_column_can_hold_is_an_error(tmp_path):
-    row = {**sample_of("hello", "thanks"), "chosen": [], "rejected": [], "candidates": []}
+    sample = sample_of("hello", "i am fine")
     sound = {"type": "audio", "audio": [0.0], "sampling_rate": 16000}
-    row["prompt"] = [{"role": "user", "content": [sound, {"type": "text", "text": "hello"}]}]
+    sample["prompt"] = [{"role": "user", "content": [sound, {"type": "text", "text": "hello"}]}]
     with pytest.raises(ValueError, match=r"tests/train/d1/1: a audio item holds audio, sampling_rate"):
-        write_pairs({"train": [row]}, {}, tmp_path)
+        run([sample], Scripted(SCRIPT), Cosines("i am fine", **COSINES), tmp_path)
+
+
+def test_chunks_of_a_data_set_read_no_clip(tmp_path):
+    """`DialogueSamples` are named by their texts; another text, or other speakers, are other chunks."""
+
+    class NoItems(DialogueSamples):
+        def __getitem__(self, index):
+            raise AssertionError("an item was read")
+
+    def names(text="hello", speakers=None):
+        rows = [row for i in range(4) for row in rows_of(text, "fine", "thanks", "hello", dialogue=f"d{i}")]
+        return [chunk.file for chunk in counter._chunks("train", NoItems(Dataset.from_list(rows), speakers), 5)]
+
+    assert names() == names() and len(names()) == 3 and len(set(names())) == 3
+    assert not set(names()) & set(names("hello you"))
+    assert not set(names()) & set(names(speakers=["mira"]))
+
+
+# ---------------------------------------------------------------------------------------------------- audit page
+
+
+class Page(HTMLParser):
+    """Tags that are closed as they were opened, and the text between them."""
+
+    VOID = {"meta", "br", "path", "use", "image"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.text = [], [], ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.text += data
+
+
+def test_the_page_is_whole_escaped_and_readable_in_light_and_dark(tmp_path):
+    evil = "<script>alert('x')</script> & <b>"
+    script = {"hello there": {**SCRIPT, "sad": evil}, "how are you": {**dict.fromkeys(EMOTIONS, "miss"), "sad": evil}}
+    cosines = Cosines("i am fine", **{**COSINES, evil: 0.05, "old": 0.2, "miss": 0.15, "fine <i>": 1.0})
+    pair = sample_of("i am clara", evil, "hello there", "i am fine", emotion=None)
+    pair["prompt"][0]["name"] = "<script>clara"
+    samples = [pair, *(sample_of("how are you", "fine <i>", dialogue=f"<u>{i}") for i in range(15))]
+    report, _ = run(samples, Scripted(script), cosines, tmp_path, {"model": "<script>name"}, threshold=0.06)
+    text = (tmp_path / "audit.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == [] and report["pairs"] == 16
+    names = [tag for tag, _ in page.tags]
+    assert "script" not in names and "u" not in names and names.count("svg") == 3
+    assert evil in page.text and "<script>name" in page.text and "<script>clara" in page.text and "<u>" in page.text
+    assert not any("src" in attributes or ("href" in attributes and tag == "a") for tag, attributes in page.tags)
+    assert "prefers-color-scheme: dark" in text and "currentColor" in text and "#123456" not in text
+    for words in (
+        "similarity to the true reply (cosine, pooling mean)",
+        "share of each histogram",
+        "threshold 0.06",
+        "true emotion of the sentence",
+        "samples with a candidate below 0.06 (%)",
+        "probabilities",
+        "not labelled",
+        *EMOTIONS,
+    ):
+        assert words in page.text
+    assert names.count("article") == 12  # of 16 pairs; there is no near miss
+    report, _ = run(samples, Scripted(script), cosines, tmp_path, {"model": "<script>name"}, threshold=-1.0)
+    page = Page((tmp_path / "audit.html").read_text(encoding="utf-8"))
+    assert [tag for tag, _ in page.tags].count("article") == 12 and "There is no pair." in page.text

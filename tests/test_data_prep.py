@@ -1,6 +1,7 @@
 """A folder of recordings -> parquet, card and report -> `datasets.load_dataset` -> what the stages train on."""
 
 import json
+import zipfile
 from collections import Counter
 
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 from datasets import load_dataset
 
 from empathic.configuration_empathic import EMOTIONS
+from empathic.data_prep.corpus import LayoutError, hash_split
 from empathic.data_prep.folder import prepare_folder
+from empathic.data_prep.prepare import prepare_corpus
 from empathic.data_prep.schema import SchemaError, parse_emotion, parse_split, parse_turn, row_features
 from empathic.data_prep.views import (
     DialogueSamples,
@@ -18,7 +21,6 @@ from empathic.data_prep.views import (
     emotion_clips,
     utterances,
 )
-from empathic.data_prep.writer import hash_split
 from empathic.media_empathic import load_audio, load_video
 from empathic.tiny.clips import write_clip
 
@@ -154,7 +156,7 @@ def test_lines_that_are_no_turn_are_left_out(tmp_path):
         line(text="Again."),  # turn 0 once more
     ]
     report = prepare(tmp_path, ["", line(split="train"), *bad])
-    assert report["rows"] == 1 and report["repaired"] == []
+    assert (report["found"], report["rows"], report["repaired"]) == (8, 1, [])
     found = reasons(report["left_out"])
     messages = [
         "not JSON", "is a list, not an object", '"dialogue_id" is None', "\"turn\" is 'first'", "\"speaker\" is '  '",
@@ -167,7 +169,7 @@ def test_lines_that_are_no_turn_are_left_out(tmp_path):
     with open(tmp_path / "raw" / "metadata.jsonl", "ab") as file:
         file.write('{"dialogue_id": "e", "turn": 0, "speaker": "Jörg", "text": "x"}\n'.encode("latin-1"))
     again = prepare_folder(tmp_path / "raw", tmp_path / "out", progress=False)
-    assert "not UTF-8" in reasons(again["left_out"])["metadata.jsonl:10"]
+    assert "not UTF-8" in reasons(again["left_out"])["metadata.jsonl:10"] and again["found"] == 9
 
 
 def test_what_is_wrong_with_a_turn_is_named_and_the_turn_stays(tmp_path, clips):
@@ -193,11 +195,6 @@ def test_what_is_wrong_with_a_turn_is_named_and_the_turn_stays(tmp_path, clips):
     assert report["rows"] == 10 and report["left_out"] == []
     messages = [
         (1, "the emotion 'joyful' is not one of angry, disgust, fearful, happy, neutral, sad, surprise"),
-        (2, "empty.mp4: the file is empty (0 bytes)"),
-        (3, "cut.mp4: the mp4 file is cut short"),
-        (4, "gone.mp4: there is no such file"),
-        (5, 'song.mp4: "video" names a file without a picture'),
-        (6, 'mute.mp4: "audio" names a file without sound'),
         (7, "\"audio\" is ['a.wav']"),
         (8, "it ends at 1.0 s, before its start at 3.0 s"),
         (9, "\"start\" is 'soon'"),
@@ -208,6 +205,17 @@ def test_what_is_wrong_with_a_turn_is_named_and_the_turn_stays(tmp_path, clips):
     assert len(found) == len(messages)
     for number, message in messages:
         assert any(item == f"metadata.jsonl:{number}" and message in reason for item, reason in found), message
+    tail = "The turn is kept without its"
+    lacking = {
+        2: ("empty.mp4: the file is empty (0 bytes)", f"{tail} sound and picture."),
+        3: ("cut.mp4: the mp4 file is cut short", f"{tail} picture."),
+        4: ("gone.mp4: there is no such file", f"{tail} sound and picture."),
+        5: ("song.mp4: holds no picture", f"{tail} picture."),
+        6: ("mute.mp4: holds no sound", f"{tail} sound."),
+    }
+    assert list(reasons(report["without_media"])) == [f"metadata.jsonl:{number}" for number in lacking]
+    for item, (start, end) in zip(report["without_media"], lacking.values(), strict=True):
+        assert item["reason"].startswith(start) and item["reason"].endswith(end), item
     rows = load(tmp_path)["train"]
     assert [row["turn"] for row in rows] == list(range(10)) and set(rows["emotion"]) == {None}
     assert [bool(row["audio"]) for row in rows] == [k in (2, 4) for k in range(10)]  # the sound of song.mp4 is used
@@ -220,7 +228,7 @@ def test_one_broken_stream_does_not_cost_the_other(tmp_path, clips, write_media,
     assert len(pieces) == 11 and min(map(len, pieces)) > 590
     path.write_bytes(b"\0\0\0".join([pieces[0]] + [bytes(590) + piece[590:] for piece in pieces[1:]]))
     report = prepare(tmp_path, [line(split="train", file_name="half.mkv")])
-    assert "half.mkv: nothing of its video stream can be decoded" in report["repaired"][0]["reason"]
+    assert "half.mkv: nothing of its video stream can be decoded" in report["without_media"][0]["reason"]
     row = load(tmp_path)["train"][0]
     assert row["video"] is None and len(load_audio(row["audio"])) > 15000
 
@@ -287,6 +295,37 @@ def test_wrong_folders(tmp_path):
     raw = write_folder(tmp_path / "raw", [line()])
     with pytest.raises(ValueError, match="is the folder of the recordings"):
         prepare_folder(raw, raw, progress=False)
+
+
+def test_a_corpus_embedded_again_is_not_unpacked_again(tmp_path, clips, monkeypatch):
+    from empathic.data_prep import ravdess
+
+    raw, out = tmp_path / "ravdess", tmp_path / "out"
+    raw.mkdir()
+    with zipfile.ZipFile(raw / "Video_Speech_Actor_01.zip", "w") as packed:
+        packed.write(clips / "both.mp4", "Actor_01/01-01-03-01-01-01-01.mp4")
+    report = prepare_corpus("ravdess", raw, out, embed=True, progress=False)
+    assert report["rows"] == 1 and not (out / "unpacked").exists()
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    monkeypatch.setattr(ravdess, "read", lambda *args: pytest.fail("read again"))
+    assert prepare_corpus("ravdess", raw, out, embed=True, progress=False) == report
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    for change in ({"split_seed": 1}, {"keep_calm": True}):
+        with pytest.raises(pytest.fail.Exception):
+            prepare_corpus("ravdess", raw, out, embed=True, progress=False, **change)
+    (raw / "more.txt").write_text("x")
+    with pytest.raises(pytest.fail.Exception):
+        prepare_corpus("ravdess", raw, out, embed=True, progress=False)
+
+
+def test_corpora_and_places_that_cannot_be(tmp_path):
+    with pytest.raises(ValueError, match=r'no corpus "melt"\. Choose one of meld, iemocap'):
+        prepare_corpus("melt", tmp_path, tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="gone: there is no such folder"):
+        prepare_corpus("meld", tmp_path / "gone", tmp_path / "out")
+    with pytest.raises(LayoutError, match="lies in the folder of the corpus"):
+        prepare_corpus("meld", tmp_path, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 # Views ---------------------------------------------------------------------------------------------------------------

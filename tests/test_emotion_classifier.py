@@ -9,12 +9,11 @@ from transformers import (
     RobertaConfig,
     RobertaForMaskedLM,
     RobertaForSequenceClassification,
-    RobertaModel,
     RobertaTokenizer,
 )
 
 from empathic.configuration_empathic import EMOTIONS
-from empathic.evaluation.emotion_features import EmotionFeatures
+from empathic.evaluation.emotion_features import POOLINGS, EmotionFeatures
 from empathic.tiny.dialogues import emotion_sentences, make_dialogues, reply_for
 from empathic.tiny.emotion_classifier import train_emotion_classifier
 
@@ -47,7 +46,7 @@ def test_it_names_the_emotion_of_held_out_replies(folder, replies):
     assert np.mean([EMOTIONS[named[i]] == emotions[i] for i in unseen]) >= 0.95
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls", "probabilities"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_another_emotion_is_always_below_the_papers_threshold(folder, replies, pooling):
     texts, _ = replies
     vectors = (
@@ -98,19 +97,17 @@ TEXTS = ["i am so sorry.", "hooray for you! how is tiger the horse?", "yuck, how
 def by_hand(folder, pooling):
     """The features of TEXTS, one text at a time, with transformers alone."""
     tokenizer, rows = RobertaTokenizer.from_pretrained(folder), []
-    model = (RobertaForSequenceClassification if pooling == "probabilities" else RobertaModel).from_pretrained(folder)
+    model = RobertaForSequenceClassification.from_pretrained(folder).eval()
     for text in TEXTS:
         with torch.no_grad():
-            output = model.eval()(**tokenizer(text, return_tensors="pt"))
-        if pooling == "probabilities":
-            rows.append(torch.softmax(output.logits[0], -1))
-        else:
-            hidden = output.last_hidden_state[0]  # (tokens, hidden)
-            rows.append(hidden[0] if pooling == "cls" else hidden.mean(0))
+            hidden = model.roberta(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]  # (tokens, hidden)
+            head = torch.tanh(model.classifier.dense(hidden[0]))
+            probabilities = torch.softmax(model.classifier.out_proj(head), -1)
+        rows.append({"cls": hidden[0], "mean": hidden.mean(0), "head": head, "probabilities": probabilities}[pooling])
     return torch.nn.functional.normalize(torch.stack(rows), dim=-1).numpy()
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls", "probabilities"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_features_are_those_computed_one_by_one(folder, pooling):
     features = EmotionFeatures(folder, pooling, batch_size=3)
     vectors = features.encode([*TEXTS, TEXTS[1]])
@@ -118,6 +115,9 @@ def test_features_are_those_computed_one_by_one(folder, pooling):
     np.testing.assert_allclose(vectors[:4], by_hand(folder, pooling), atol=2e-6)
     np.testing.assert_array_equal(vectors[4], vectors[1])
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    together = features.encode_all([*TEXTS, TEXTS[1]])
+    assert list(together) == list(POOLINGS)
+    np.testing.assert_array_equal(together[pooling], vectors)
     assert features.description == f"{folder}, pooling {pooling}"
     cosines = features.similarity(TEXTS[:2], [TEXTS[0], TEXTS[2]])
     np.testing.assert_allclose(cosines, [1, vectors[1] @ vectors[2]], atol=1e-6)
@@ -142,7 +142,7 @@ def test_bad_input_is_named(folder, tmp_path):
         features.encode([3])
     with pytest.raises(ValueError, match="2 texts on one side but 1 on the other"):
         features.similarity(["a", "b"], ["a"])
-    with pytest.raises(ValueError, match="pooling 'max' is not one of mean, cls, probabilities"):
+    with pytest.raises(ValueError, match="pooling 'max' is not one of mean, cls, head, probabilities"):
         EmotionFeatures(folder, "max")
     plain = RobertaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     RobertaForMaskedLM(plain).save_pretrained(tmp_path)
@@ -152,5 +152,5 @@ def test_bad_input_is_named(folder, tmp_path):
 
 def test_a_text_longer_than_the_model_reads_is_cut(folder):
     long = "that is wonderful! " * 200
-    for pooling in ("mean", "probabilities"):
+    for pooling in POOLINGS:
         assert np.isfinite(EmotionFeatures(folder, pooling).encode([long])).all()
