@@ -26,9 +26,12 @@ from .memory_empathic import MambaCompressor, MemoryState, Projector
 # Inputs that are turned into vectors of the prompt; decoding steps with a cache need them no more.
 MEDIA_KEYS = (
     "pixel_values_videos",
+    "video_features",
     "video_mask",
     "input_features",
     "input_features_mask",
+    "audio_features",
+    "audio_features_mask",
     "memory_input_ids",
     "memory_attention_mask",
     "memory_embeds",
@@ -68,6 +71,42 @@ class EmpathicCausalLMOutputWithPast(ModelOutput):
     video_hidden_states: torch.FloatTensor | None = None
     audio_hidden_states: torch.FloatTensor | None = None
     memory_hidden_states: torch.FloatTensor | None = None
+
+
+def encode_frames(vision_tower: nn.Module, pixels: torch.FloatTensor) -> torch.FloatTensor:
+    """What the vision tower sees at each patch of frames `(frames, 3, height, width)`: `(frames, patches, width)`."""
+    return vision_tower(pixels.to(vision_tower.dtype)).last_hidden_state
+
+
+def encode_sound(audio_tower: nn.Module, input_features: torch.FloatTensor) -> torch.FloatTensor:
+    """
+    What the audio tower hears at each position, two mel frames long: `(batch, positions, width)`.
+
+    Args:
+        audio_tower: Whisper's encoder.
+        input_features: `(batch, mel, time)`; `time` is a whole number of Whisper windows, which are encoded one by one.
+
+    Raises:
+        ValueError: for another number of time steps.
+    """
+    batch, mel, time = input_features.shape
+    window = 2 * audio_tower.config.max_source_positions
+    if time % window:
+        raise ValueError(f"input_features has {time} time steps, not a whole number of windows of {window}.")
+    windows = input_features.reshape(batch, mel, -1, window).transpose(1, 2).flatten(0, 1)
+    hidden = audio_tower(windows.to(audio_tower.dtype)).last_hidden_state
+    return hidden.reshape(batch, time // 2, -1)
+
+
+def audio_position_mask(input_features_mask: torch.LongTensor) -> torch.BoolTensor:
+    """Mask `(..., time / 2)` of the encoder's positions within a clip: its second convolution halves time."""
+    return input_features_mask.bool()[..., ::2]
+
+
+def check_exclusive(first: str, first_value, second: str, second_value) -> None:
+    """Raises a ValueError unless exactly one of the two inputs is given."""
+    if (first_value is None) == (second_value is None):
+        raise ValueError(f"Give exactly one of {first} and {second}.")
 
 
 class EmpathicPreTrainedModel(PreTrainedModel):
@@ -157,48 +196,67 @@ class EmpathicModel(EmpathicPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=outputs.last_hidden_state, pooler_output=vectors)
 
     def get_video_features(
-        self, pixel_values_videos: torch.FloatTensor, video_mask: torch.LongTensor | None = None
+        self,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        video_mask: torch.LongTensor | None = None,
+        video_features: torch.FloatTensor | None = None,
     ) -> BaseModelOutputWithPooling:
         r"""
-        pixel_values_videos (`torch.FloatTensor` of shape `(batch_size, num_frames, 3, height, width)`):
+        pixel_values_videos (`torch.FloatTensor` of shape `(batch_size, num_frames, 3, height, width)`, *optional*):
             The frames of each clip.
         video_mask (`torch.LongTensor` of shape `(batch_size, num_frames)`, *optional*):
             1 for a real frame, 0 for padding.
+        video_features (`torch.FloatTensor` of shape `(batch_size, num_frames, patches, width)`, *optional*):
+            What the vision tower gave for the frames before (a feature cache), in their place.
 
         Returns `pooler_output` of shape `(batch_size, num_query_tokens, hidden_size)` in the LLM's embedding space.
         """
-        batch, frames = pixel_values_videos.shape[:2]
+        check_exclusive("pixel_values_videos", pixel_values_videos, "video_features", video_features)
+        if video_features is None:
+            batch, frames = pixel_values_videos.shape[:2]
+            hidden = encode_frames(self.vision_tower, pixel_values_videos.flatten(0, 1))
+            video_features = hidden.unflatten(0, (batch, frames))
+        batch, frames, patches = video_features.shape[:3]
         if video_mask is None:
-            video_mask = pixel_values_videos.new_ones(batch, frames, dtype=torch.long)
-        pixels = pixel_values_videos.flatten(0, 1).to(self.vision_tower.dtype)
-        hidden = self.vision_tower(pixels).last_hidden_state  # (batch * frames, patches, width)
-        patches = hidden.shape[1]
-        hidden = hidden.reshape(batch, frames * patches, -1)
+            video_mask = video_features.new_ones(batch, frames, dtype=torch.long)
         mask = video_mask.bool().repeat_interleave(patches, dim=1)
+        hidden = video_features.flatten(1, 2)
         return self._query(self.video_qformer, self.video_query_tokens, self.video_projector, hidden, mask)
 
     def get_audio_features(
-        self, input_features: torch.FloatTensor, input_features_mask: torch.LongTensor | None = None
+        self,
+        input_features: torch.FloatTensor | None = None,
+        input_features_mask: torch.LongTensor | None = None,
+        audio_features: torch.FloatTensor | None = None,
+        audio_features_mask: torch.LongTensor | None = None,
     ) -> BaseModelOutputWithPooling:
         r"""
-        input_features (`torch.FloatTensor` of shape `(batch_size, mel, time)`):
+        input_features (`torch.FloatTensor` of shape `(batch_size, mel, time)`, *optional*):
             Whisper's log-mel features; `time` is a whole number of Whisper windows, which are encoded one by one.
         input_features_mask (`torch.LongTensor` of shape `(batch_size, time)`, *optional*):
+            1 within the clip, 0 past its end.
+        audio_features (`torch.FloatTensor` of shape `(batch_size, positions, width)`, *optional*):
+            What the audio tower gave before (a feature cache), in place of `input_features`.
+        audio_features_mask (`torch.LongTensor` of shape `(batch_size, positions)`, *optional*):
             1 within the clip, 0 past its end.
 
         Returns `pooler_output` of shape `(batch_size, num_query_tokens, hidden_size)` in the LLM's embedding space.
         """
-        batch, mel, time = input_features.shape
-        if input_features_mask is None:
-            input_features_mask = input_features.new_ones(batch, time, dtype=torch.long)
-        window = 2 * self.config.audio_config.max_source_positions
-        if time % window:
-            raise ValueError(f"input_features has {time} time steps, not a whole number of windows of {window}.")
-        windows = input_features.reshape(batch, mel, -1, window).transpose(1, 2).flatten(0, 1)
-        hidden = self.audio_tower(windows.to(self.audio_tower.dtype)).last_hidden_state
-        hidden = hidden.reshape(batch, time // 2, -1)
-        mask = input_features_mask.bool()[:, ::2]  # the encoder's second convolution halves time
-        return self._query(self.audio_qformer, self.audio_query_tokens, self.audio_projector, hidden, mask)
+        check_exclusive("input_features", input_features, "audio_features", audio_features)
+        if audio_features is None:
+            audio_features = encode_sound(self.audio_tower, input_features)
+            if input_features_mask is not None:
+                audio_features_mask = audio_position_mask(input_features_mask)
+        if audio_features_mask is None:
+            mask = audio_features.new_ones(audio_features.shape[:2], dtype=torch.bool)
+        else:
+            # Past the longest clip there is nothing to attend to. Cut there, a batch has the same shape (and dropout)
+            # whether its features were cached or not.
+            mask = audio_features_mask.bool()
+            heard = mask.any(dim=0).nonzero()
+            length = int(heard[-1]) + 1 if len(heard) else 1
+            audio_features, mask = audio_features[:, :length], mask[:, :length]
+        return self._query(self.audio_qformer, self.audio_query_tokens, self.audio_projector, audio_features, mask)
 
     def get_memory_features(
         self, memory_input_ids: torch.LongTensor, memory_attention_mask: torch.LongTensor | None = None
@@ -263,9 +321,12 @@ class EmpathicModel(EmpathicPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         pixel_values_videos: torch.FloatTensor | None = None,
+        video_features: torch.FloatTensor | None = None,
         video_mask: torch.LongTensor | None = None,
         input_features: torch.FloatTensor | None = None,
         input_features_mask: torch.LongTensor | None = None,
+        audio_features: torch.FloatTensor | None = None,
+        audio_features_mask: torch.LongTensor | None = None,
         memory_input_ids: torch.LongTensor | None = None,
         memory_attention_mask: torch.LongTensor | None = None,
         memory_embeds: torch.FloatTensor | None = None,
@@ -286,12 +347,20 @@ class EmpathicModel(EmpathicPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
         video = audio = memory = None
-        if pixel_values_videos is not None:
-            video, counts = self._encode_present(self.get_video_features, pixel_values_videos, video_mask)
+        if pixel_values_videos is not None or video_features is not None:
+            check_exclusive("pixel_values_videos", pixel_values_videos, "video_features", video_features)
+            key, values = "pixel_values_videos", pixel_values_videos
+            if video_features is not None:
+                key, values = "video_features", video_features
+            video, counts = self._encode_present(self.get_video_features, key, values, "video_mask", video_mask)
             mask = self.get_placeholder_mask(self.config.video_token_id, input_ids, inputs_embeds, counts, "video")
             inputs_embeds = self._place(inputs_embeds, mask, video[: (counts > 0).sum()].flatten(0, 1))
-        if input_features is not None:
-            audio, counts = self._encode_present(self.get_audio_features, input_features, input_features_mask)
+        if input_features is not None or audio_features is not None:
+            check_exclusive("input_features", input_features, "audio_features", audio_features)
+            key, values, mask = "input_features", input_features, input_features_mask
+            if audio_features is not None:
+                key, values, mask = "audio_features", audio_features, audio_features_mask
+            audio, counts = self._encode_present(self.get_audio_features, key, values, f"{key}_mask", mask)
             mask = self.get_placeholder_mask(self.config.audio_token_id, input_ids, inputs_embeds, counts, "audio")
             inputs_embeds = self._place(inputs_embeds, mask, audio[: (counts > 0).sum()].flatten(0, 1))
         if memory_input_ids is not None:
@@ -318,8 +387,8 @@ class EmpathicModel(EmpathicPreTrainedModel):
         if input_ids is not None and (past_key_values is None or past_key_values.get_seq_length() == 0):
             nothing = input_ids.new_zeros(len(input_ids))
             for modality, token_id, given in (
-                ("video", self.config.video_token_id, pixel_values_videos),
-                ("audio", self.config.audio_token_id, input_features),
+                ("video", self.config.video_token_id, video),
+                ("audio", self.config.audio_token_id, audio),
                 ("memory", self.config.memory_token_id, memory_input_ids if memory_embeds is None else memory_embeds),
             ):
                 if given is None:
@@ -342,11 +411,12 @@ class EmpathicModel(EmpathicPreTrainedModel):
             memory_hidden_states=memory,
         )
 
-    def _encode_present(self, encode, values, mask):
+    def _encode_present(self, encode, key, values, mask_key, mask):
         """
         Vectors (clips, num_query_tokens, hidden_size) of the rows that have a clip, and how many each row has (batch,).
 
-        Where none has, the first row is encoded all the same: every process of a distributed run uses every module.
+        `encode` takes them as the arguments `key` and `mask_key`. Where no row has a clip, the first is encoded all the
+        same: every process of a distributed run uses every module.
         """
         if mask is None:
             mask = values.new_ones(values.shape[0], 1, dtype=torch.long)
@@ -355,7 +425,8 @@ class EmpathicModel(EmpathicPreTrainedModel):
             chosen = mask.any(dim=1)
             chosen = chosen if chosen.any() else torch.arange(len(mask), device=mask.device) == 0
             rows, masks = values[chosen], mask[chosen]
-        return encode(rows, masks).pooler_output, mask.any(dim=1).long() * self.config.num_query_tokens
+        counts = mask.any(dim=1).long() * self.config.num_query_tokens
+        return encode(**{key: rows, mask_key: masks}).pooler_output, counts
 
     @staticmethod
     def _place(inputs_embeds, mask, vectors):
@@ -440,14 +511,18 @@ class EmpathicForConditionalGeneration(CompositionMixin, EmpathicPreTrainedModel
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         pixel_values_videos: torch.FloatTensor | None = None,
+        video_features: torch.FloatTensor | None = None,
         video_mask: torch.LongTensor | None = None,
         input_features: torch.FloatTensor | None = None,
         input_features_mask: torch.LongTensor | None = None,
+        audio_features: torch.FloatTensor | None = None,
+        audio_features_mask: torch.LongTensor | None = None,
         memory_input_ids: torch.LongTensor | None = None,
         memory_attention_mask: torch.LongTensor | None = None,
         memory_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        labelled_logits_only: bool = False,
         **kwargs,
     ) -> EmpathicCausalLMOutputWithPast:
         r"""
@@ -455,6 +530,9 @@ class EmpathicForConditionalGeneration(CompositionMixin, EmpathicPreTrainedModel
             Targets of the next-token loss; -100 is ignored.
         logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
             How many last positions, or which positions, go through the head; 0 keeps all.
+        labelled_logits_only (`bool`, *optional*, defaults to `False`):
+            With `labels`: only the positions that have a target go through the head, for the same loss; `logits` are
+            then `(targets of the batch, vocab_size)`.
 
         The other inputs are those of [`EmpathicModel.forward`].
         """
@@ -465,20 +543,25 @@ class EmpathicForConditionalGeneration(CompositionMixin, EmpathicPreTrainedModel
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             pixel_values_videos=pixel_values_videos,
+            video_features=video_features,
             video_mask=video_mask,
             input_features=input_features,
             input_features_mask=input_features_mask,
+            audio_features=audio_features,
+            audio_features_mask=audio_features_mask,
             memory_input_ids=memory_input_ids,
             memory_attention_mask=memory_attention_mask,
             memory_embeds=memory_embeds,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-            )
+        hidden, loss = outputs.last_hidden_state, None
+        targets, size = None, self.config.text_config.vocab_size
+        if labelled_logits_only and labels is not None:
+            there = labels[:, 1:] != -100
+            hidden, labels, targets = hidden[:, :-1][there], None, labels[:, 1:][there]
+        logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep) if targets is None else hidden)
+        if labels is not None or targets is not None:
+            loss = self.loss_function(logits=logits, labels=labels, shift_labels=targets, vocab_size=size, **kwargs)
         return EmpathicCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -45,13 +45,23 @@ def _pad(sequences: list[list[int]], value: int, side: str) -> torch.Tensor:
 
 def _stack_media(rows: list, shape: tuple[int, ...], length: int, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Zero-padded values (batch, *shape) and their mask (batch, length); a row is (values, mask) or None."""
-    values, mask = torch.zeros(len(rows), *shape), torch.zeros(len(rows), length, dtype=torch.long)
+    dtype = next((row[0].dtype for row in rows if row is not None), torch.float32)
+    values, mask = torch.zeros(len(rows), *shape, dtype=dtype), torch.zeros(len(rows), length, dtype=torch.long)
     for i, row in enumerate(rows):
         if row is not None:
             count = row[0].shape[axis]
             values[i].narrow(axis, 0, count).copy_(row[0])
             mask[i, :count] = row[1]
     return values, mask
+
+
+def _stack_features(rows: list, size: tuple[int, ...] | None, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cached features (batch, positions, *size), zero-padded to at least `length` positions, and their mask."""
+    there = [row for row in rows if row is not None]
+    length = max([length, *(len(row) for row in there)])
+    size = tuple(there[0].shape[1:]) if size is None else tuple(size)
+    rows = [None if row is None else (row, torch.ones(len(row), dtype=torch.long)) for row in rows]
+    return _stack_media(rows, (length, *size), length, 0)
 
 
 class EmpathicProcessor(ProcessorMixin):
@@ -280,9 +290,12 @@ class EmpathicProcessor(ProcessorMixin):
 
     def frames(self, item: dict, generator: np.random.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """CLIP's pixel values (frames, 3, height, width) of a video item and their mask (frames,) of ones."""
-        frames = load_video(item, self.num_frames, generator)
-        pixels = self.image_processor(list(frames), return_tensors="pt")["pixel_values"]
+        pixels = self.pixels(load_video(item, self.num_frames, generator))
         return pixels, torch.ones(len(pixels), dtype=torch.long)
+
+    def pixels(self, frames: np.ndarray) -> torch.Tensor:
+        """CLIP's pixel values (frames, 3, height, width) of decoded frames (frames, height, width, 3)."""
+        return self.image_processor(list(frames), return_tensors="pt")["pixel_values"]
 
     def sound(self, item: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -312,9 +325,12 @@ class EmpathicProcessor(ProcessorMixin):
         One conversation, unpadded. See `apply_chat_template` for the arguments; a `generator` samples frames at random
         as in training, without it they are evenly spaced.
 
+        An item may hold what the model's tower gave for its clip before (a feature cache) instead of the clip:
+        `features` (frames, patches, width) of a video, (positions, width) of an audio.
+
         Returns:
             `input_ids` and `memory_input_ids` (lists of int), `video` and `audio`: None or (values, mask), see
-            `frames` and `sound`.
+            `frames` and `sound`; `video_features` and `audio_features` where an item holds features.
         """
         pieces, remembered, turn = self._prompt(
             messages, task, history, emotion, with_text, add_generation_prompt, chat_template
@@ -326,14 +342,29 @@ class EmpathicProcessor(ProcessorMixin):
                 if is_users
                 else self.tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
             )
-        return {
+        prepared = {
             "input_ids": input_ids,
             "memory_input_ids": [i for m in remembered for i in self.encode_utterance(m["name"], m["text"])],
-            "video": None if turn is None or turn["video"] is None else self.frames(turn["video"], generator),
-            "audio": None if turn is None or turn["audio"] is None else self.sound(turn["audio"]),
+            "video": None,
+            "audio": None,
         }
+        for kind in ("video", "audio"):
+            item = None if turn is None else turn[kind]
+            if item is None:
+                continue
+            if item.get("features") is not None:
+                prepared[f"{kind}_features"] = item["features"]
+            else:
+                prepared[kind] = self.frames(item, generator) if kind == "video" else self.sound(item)
+        return prepared
 
-    def pad(self, samples: list[dict], padding_side: str = "left", all_modalities: bool = False) -> BatchFeature:
+    def pad(
+        self,
+        samples: list[dict],
+        padding_side: str = "left",
+        all_modalities: bool = False,
+        feature_sizes: dict[str, tuple[int, ...]] | None = None,
+    ) -> BatchFeature:
         """
         Batches what `prepare` gave. An optional `labels` (list of int) beside `input_ids` is padded with -100.
 
@@ -342,11 +373,18 @@ class EmpathicProcessor(ProcessorMixin):
             padding_side (`str`): of the text; `left` to generate, `right` to train.
             all_modalities (`bool`): gives absent modalities as zeros under a zero mask (training: all processes of a
                 sharded model must run the same modules) instead of leaving them out.
+            feature_sizes (`dict`): says that the clips of all batches come as cached features: `video` (patches,
+                width) and `audio` (width,) of absent ones.
+
+        Raises:
+            ValueError: if one clip of a kind comes as features and another does not.
 
         Returns:
             `input_ids`, `attention_mask` (batch, length), and of those present: `pixel_values_videos` (batch, frames,
             3, height, width), `video_mask` (batch, frames), `input_features` (batch, mel, time),
-            `input_features_mask` (batch, time), `memory_input_ids`, `memory_attention_mask` (batch, length), `labels`.
+            `input_features_mask` (batch, time), `memory_input_ids`, `memory_attention_mask` (batch, length), `labels`;
+            of clips as features `video_features` (batch, frames, patches, width), `video_mask` (batch, frames),
+            `audio_features` (batch, positions, width), `audio_features_mask` (batch, positions).
         """
         ids = [sample["input_ids"] for sample in samples]
         pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
@@ -357,10 +395,28 @@ class EmpathicProcessor(ProcessorMixin):
         if "labels" in samples[0]:
             data["labels"] = _pad([sample["labels"] for sample in samples], -100, padding_side)
         videos, sounds = [s["video"] for s in samples], [s["audio"] for s in samples]
-        if all_modalities or any(v is not None for v in videos):
+        features = {}
+        for kind, clips in (("video", videos), ("audio", sounds)):
+            cached = [sample.get(f"{kind}_features") for sample in samples]
+            if feature_sizes is not None or any(row is not None for row in cached):
+                if any(clip is not None for clip in clips):
+                    raise ValueError(f"Some {kind} clips of a batch come as features and some do not; give one sort.")
+                features[kind] = cached
+        sizes = feature_sizes or {}
+        if "video" in features:
+            if all_modalities or any(row is not None for row in features["video"]):
+                data["video_features"], data["video_mask"] = _stack_features(
+                    features["video"], sizes.get("video"), self.num_frames
+                )
+        elif all_modalities or any(v is not None for v in videos):
             shape = (self.num_frames, 3, *self._frame_size())
             data["pixel_values_videos"], data["video_mask"] = _stack_media(videos, shape, self.num_frames, 0)
-        if all_modalities or any(a is not None for a in sounds):
+        if "audio" in features:
+            if all_modalities or any(row is not None for row in features["audio"]):
+                data["audio_features"], data["audio_features_mask"] = _stack_features(
+                    features["audio"], sizes.get("audio"), 1
+                )
+        elif all_modalities or any(a is not None for a in sounds):
             time = max([a[0].shape[1] for a in sounds if a is not None], default=self.feature_extractor.nb_max_frames)
             shape = (self.feature_extractor.feature_size, time)
             data["input_features"], data["input_features_mask"] = _stack_media(sounds, shape, time, 1)
@@ -459,9 +515,12 @@ class EmpathicProcessor(ProcessorMixin):
             "input_ids",
             "attention_mask",
             "pixel_values_videos",
+            "video_features",
             "video_mask",
             "input_features",
             "input_features_mask",
+            "audio_features",
+            "audio_features_mask",
             "memory_input_ids",
             "memory_attention_mask",
         ]

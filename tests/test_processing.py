@@ -514,7 +514,7 @@ def test_from_parts_errors_name_the_missing_placeholder(parts):
 
 
 def test_transformers_interface(processor):
-    assert processor.model_input_names[0] == "input_ids" and len(processor.model_input_names) == 8
+    assert processor.model_input_names[0] == "input_ids" and len(processor.model_input_names) == 11
     ids = processor(text=["hello there"], return_tensors="pt")["input_ids"]
     assert processor.batch_decode(ids) == ["hello there"]
     end = processor.tokenizer.eos_token_id

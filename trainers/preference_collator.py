@@ -5,10 +5,11 @@ Rows are tokenised, and their media decoded, when a batch is made: in the data l
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from empathic.trainers.feature_cache import FeatureCache, FeatureCacheError, MediaDraws
 
 COLUMNS = ("prompt", "chosen", "rejected")
 IGNORE = -100  # the label of a token that is no target
@@ -73,6 +74,9 @@ class PreferenceCollator:
         processing_class: an [`EmpathicProcessor`], or the tokenizer of a text model.
         max_length: longest prompt + reply in tokens; None for no limit.
         history: how a processor gives the earlier turns, "memory" or "text".
+        frame_draws: a row takes one of so many fixed frame draws of its clip, 0: evenly spaced frames; None: new random
+            frames each time.
+        cache: gives the towers' features in place of the clips, and their draws.
     """
 
     def __init__(
@@ -80,7 +84,10 @@ class PreferenceCollator:
         processing_class: PreTrainedTokenizerBase | ProcessorMixin,
         max_length: int | None = None,
         history: str = "memory",
+        frame_draws: int | None = None,
+        cache: FeatureCache | None = None,
     ):
+        self.media_draws, self.cache = MediaDraws(frame_draws), cache
         self.is_multimodal = isinstance(processing_class, ProcessorMixin)
         self.processor = processing_class if self.is_multimodal else None
         self.tokenizer = processing_class.tokenizer if self.is_multimodal else processing_class
@@ -109,7 +116,9 @@ class PreferenceCollator:
         # The prompts' media and memory are made for `pairs` rows and repeated in the last line, nowhere else.
         shared = {}
         if self.is_multimodal:
-            shared = self.processor.pad([pair["prompt"] for pair in pairs], all_modalities=True)
+            sizes = None if self.cache is None else self.cache.sizes
+            prompts = [pair["prompt"] for pair in pairs]
+            shared = self.processor.pad(prompts, all_modalities=True, feature_sizes=sizes)
         shared = {key: value for key, value in shared.items() if key not in ("input_ids", "attention_mask")}
         sequences = [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
         return {
@@ -118,6 +127,15 @@ class PreferenceCollator:
             "left_out": left_out,
             **{key: torch.cat([value, value]) for key, value in shared.items()},
         }
+
+    def prompt_and_target(self, row: dict) -> tuple[dict, str] | None:
+        """The prompt alone, as `EmpathicProcessor.prepare` gives it, and the chosen reply; None for a row that is left
+        out. Only with a processor."""
+        pair, _ = self._encode(row, row.get("row_id", 0))
+        if pair is None:
+            return None
+        chosen = row["chosen"]
+        return pair["prompt"], chosen if isinstance(chosen, str) else _text(_without_none(chosen[0]))
 
     def _pad(self, sequences: list[tuple[list[int], int]]) -> dict:
         """[(token ids, index of the reply's first token)] -> right-padded text tensors and `logits_to_keep`."""
@@ -151,9 +169,15 @@ class PreferenceCollator:
             replies = [self._after_text(prompt_ids, row["prompt"] + row[side], self._bos()) for side in COLUMNS[1:]]
         elif self.is_multimodal:
             # Frames are sampled at random in training and evenly in evaluation.
-            generator = None if seed is None else np.random.default_rng(seed)
+            messages, generator = row["prompt"], None
             try:
-                prompt = self.processor.prepare(row["prompt"], history=self.history, generator=generator)
+                if self.cache is not None:
+                    messages = self.cache.fill(messages, seed)
+                else:
+                    generator = self.media_draws.generator(messages, seed)
+                prompt = self.processor.prepare(messages, history=self.history, generator=generator)
+            except FeatureCacheError:  # a clip that the cache should have
+                raise
             except (ValueError, OSError) as error:  # a clip that cannot be read must not end a long run
                 return None, str(error)
             # The prompt ends with control tokens, so nothing of it can merge with the reply.

@@ -8,11 +8,11 @@ so that a run can be resumed or divided over processes without changing it.
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from empathic.media_empathic import MediaError
+from empathic.trainers.feature_cache import FeatureCache, MediaDraws
 
 logger = logging.get_logger(__name__)
 
@@ -28,18 +28,42 @@ def clip_message(row: dict, modalities: Sequence[str], with_text: bool = True) -
     return {"role": "user", "name": row["speaker"], "content": content}
 
 
+def sample_id(row: dict, turns: Sequence[dict] | None = None) -> str:
+    """
+    What names a sample in messages: corpus/split/dialogue/turn, as far as they are known.
+
+    Args:
+        row: a turn, or what a dialogue is known by.
+        turns: a run of turns instead of the row's own; named by the first and the last.
+    """
+    places = [turn["turn"] for turn in ([row] if turns is None else (turns[0], turns[-1])) if "turn" in turn]
+    names = [row[name] for name in ("corpus", "split", "dialogue_id") if name in row]
+    return "/".join(map(str, [*names, *(["-".join(map(str, dict.fromkeys(places)))] if places else [])]))
+
+
 def emotion_sample(row: dict, rng: np.random.Generator) -> dict:
     """Names the emotion of a labelled clip, heard only, seen only or both, drawn evenly among what the clip has."""
     there = [s for s in MODALITY_SETTINGS if all(row[kind] is not None for kind in s)]
     modalities = there[rng.integers(len(there))]
-    return {"messages": [clip_message(row, modalities)], "task": "emotion", "target": row["emotion"]}
+    return {
+        "messages": [clip_message(row, modalities)],
+        "task": "emotion",
+        "target": row["emotion"],
+        "id": sample_id(row),
+    }
 
 
-def rebuild_sample(turns: list[dict]) -> dict:
-    """Writes utterances down again from their memory vectors (paper's Sec. 3.2), one `name: text` a line."""
+def rebuild_sample(turns: list[dict], dialogue: dict | None = None) -> dict:
+    """
+    Writes utterances down again from their memory vectors (paper's Sec. 3.2), one `name: text` a line.
+
+    Args:
+        turns: rows with `speaker` and `text`.
+        dialogue: what the sample's id calls their dialogue by, where they do not know it themselves.
+    """
     messages = [{"role": "user", "name": turn["speaker"], "content": turn["text"]} for turn in turns]
     target = "\n".join(f"{turn['speaker']}: {turn['text']}" for turn in turns)
-    return {"messages": messages, "task": "memory", "target": target}
+    return {"messages": messages, "task": "memory", "target": target, "id": sample_id(dialogue or turns[0], turns)}
 
 
 def draw_utterances(conversation: list[dict], rng: np.random.Generator, single_ratio: float, longest: int | None):
@@ -60,7 +84,13 @@ def dialogue_sample(sample: dict, history: str, use_media: bool) -> dict:
         last = {**last, "content": [item for item in last["content"] if item["type"] == "text"]}
     if history == "none":
         earlier, history = [], "memory"
-    return {"messages": [*earlier, last], "task": "dialogue", "history": history, "target": sample["reply"]}
+    return {
+        "messages": [*earlier, last],
+        "task": "dialogue",
+        "history": history,
+        "target": sample["reply"],
+        "id": sample_id(sample),
+    }
 
 
 class SampleStream(Dataset):
@@ -72,15 +102,25 @@ class SampleStream(Dataset):
             random order each time it is used up.
         length: how many samples the stream has.
         seed: decides, with a sample's number, everything about it.
+        random_frames: whether a sample has a seed, from which its frames are drawn; without one (None, in evaluation)
+            they are evenly spaced.
     """
 
-    def __init__(self, sources: list[tuple[float, Sequence, Callable]], length: int, seed: int):
+    def __init__(
+        self, sources: list[tuple[float, Sequence, Callable]], length: int, seed: int, random_frames: bool = True
+    ):
         self.sources = [source for source in sources if source[0] > 0 and len(source[1])]
         if not self.sources:
             raise ValueError("No training samples: the data set has no row that this stage can use.")
-        weights = np.array([weight for weight, _, _ in self.sources])
-        self.probabilities = weights / weights.sum()
-        self.length, self.seed = length, seed
+        weights = np.array([weight for weight, _, _ in self.sources], dtype=float)
+        self.length, self.seed, self.random_frames = length, seed, random_frames
+        # The source of each sample, and how many samples before it came from there.
+        probabilities = weights / weights.sum()
+        self._chosen = np.random.default_rng([seed, 3]).choice(len(weights), size=length, p=probabilities).astype("u2")
+        self._place = np.empty(length, dtype=np.int64)
+        for source in range(len(weights)):
+            from_here = self._chosen == source
+            self._place[from_here] = np.arange(from_here.sum())
         self._orders: dict[tuple[int, int], np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -88,18 +128,19 @@ class SampleStream(Dataset):
 
     def _order(self, source: int, epoch: int, rows: int) -> np.ndarray:
         if (source, epoch) not in self._orders:
-            if len(self._orders) > 8:
+            if len(self._orders) > 2 * len(self.sources):
                 self._orders.clear()
             self._orders[source, epoch] = np.random.default_rng([self.seed, 1, source, epoch]).permutation(rows)
         return self._orders[source, epoch]
 
     def __getitem__(self, number: int) -> dict:
         rng = np.random.default_rng([self.seed, 0, number])
-        chosen = int(rng.choice(len(self.sources), p=self.probabilities))
+        chosen = int(self._chosen[number])
         _, rows, make = self.sources[chosen]
-        epoch, position = divmod(number, len(rows))
+        epoch, position = divmod(int(self._place[number]), len(rows))
         row = rows[int(self._order(chosen, epoch, len(rows))[position])]
-        return {"history": "memory", **make(row, rng), "seed": [self.seed, 2, number]}
+        seed = [self.seed, 2, number] if self.random_frames else None
+        return {"history": "memory", **make(row, rng), "seed": seed}
 
 
 class StageCollator:
@@ -107,23 +148,45 @@ class StageCollator:
     Samples -> a right-padded batch with labels on the targets, all modalities present.
 
     A clip that cannot be read is reported once and left out of its sample; a sample left with nothing, or in task
-    `emotion` with no clip, is dropped.
+    `emotion` with no clip, is dropped. So is a sample that is longer than `max_length`: it is never cut, because each
+    placeholder of its prompt has its vector.
+
+    Beside the model's inputs a batch holds `sample_ids`, the names of its rows, and `left_out`, (name, reason) of each
+    sample that was too long. If all were, one row of two tokens without a target keeps every rank in step.
 
     Args:
         processor: an `EmpathicProcessor`.
-        training: samples frames at random; evenly spaced otherwise.
+        frame_draws: a sample takes one of so many fixed frame draws of its clip, 0: evenly spaced frames; None: new
+            random frames each time.
+        cache: gives the towers' features in place of the clips, and their draws.
+        max_length: longest prompt + target in tokens of the language model; None for no limit.
     """
 
-    def __init__(self, processor, training: bool = True):
-        self.processor, self.training = processor, training
+    def __init__(
+        self,
+        processor,
+        frame_draws: int | None = None,
+        cache: FeatureCache | None = None,
+        max_length: int | None = None,
+    ):
+        self.processor, self.cache, self.max_length = processor, cache, max_length
+        self.media_draws = MediaDraws(frame_draws)
         self._reported: set[str] = set()
+
+    def _encode(self, messages: list[dict], sample: dict) -> dict:
+        generator, seed = None, sample["seed"]
+        if sample["task"] != "memory":  # its messages have no clip
+            if self.cache is not None:
+                messages = self.cache.fill(messages, seed)
+            else:
+                generator = self.media_draws.generator(messages, seed)
+        return self.processor.prepare(messages, sample["task"], sample["history"], generator=generator)
 
     def _prepare(self, sample: dict) -> dict | None:
         messages = sample["messages"]
         while True:
-            generator = np.random.default_rng(sample["seed"]) if self.training else None
             try:
-                return self.processor.prepare(messages, sample["task"], sample["history"], generator=generator)
+                return self._encode(messages, sample)
             except MediaError as error:
                 if str(error) not in self._reported:
                     self._reported.add(str(error))
@@ -135,26 +198,51 @@ class StageCollator:
 
     def _without_unreadable(self, messages: list[dict]) -> list[dict]:
         *earlier, last = messages
-        readers = {"audio": self.processor.sound, "video": self.processor.frames}
         content = []
         for item in last["content"]:
             try:
-                if item["type"] in readers:
-                    readers[item["type"]](item)
+                if item["type"] != "text" and self.cache is not None:
+                    self.cache.features(item["type"], item)
+                elif item["type"] == "audio":
+                    self.processor.sound(item)
+                elif item["type"] == "video":
+                    self.processor.frames(item)
                 content.append(item)
             except MediaError:
                 pass  # reported by the caller
         return [*earlier, {**last, "content": content}]
 
-    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        prepared = []
-        for sample in samples:
+    def prompt_and_target(self, sample: dict) -> tuple[dict, str] | None:
+        """The prompt alone, as `EmpathicProcessor.prepare` gives it, and the reply; None if no clip can be read."""
+        encoded = self._prepare(sample)
+        return None if encoded is None else (encoded, sample["target"])
+
+    def __call__(self, samples: list[dict]) -> dict:
+        prepared, ids, left_out = [], [], []
+        for number, sample in enumerate(samples):
             encoded = self._prepare(sample)
-            if encoded is not None:
-                target = self.processor.encode_reply(sample["target"])
-                encoded["labels"] = [-100] * len(encoded["input_ids"]) + target
-                encoded["input_ids"] = encoded["input_ids"] + target
-                prepared.append(encoded)
+            if encoded is None:
+                continue
+            name = sample.get("id") or f"sample {number} of the batch"
+            target = self.processor.encode_reply(sample["target"])
+            length = len(encoded["input_ids"]) + len(target)
+            if self.max_length is not None and length > self.max_length:
+                left_out.append((name, f"prompt + target have {length} tokens, more than max_length={self.max_length}"))
+                continue
+            encoded["labels"] = [-100] * len(encoded["input_ids"]) + target
+            encoded["input_ids"] = encoded["input_ids"] + target
+            prepared.append(encoded)
+            ids.append(name)
+        if left_out and not prepared:
+            prepared = [self._no_sample()]
         if not prepared:
             raise ValueError(f"No clip of a batch of {len(samples)} samples could be read; the files are named above.")
-        return dict(self.processor.pad(prepared, padding_side="right", all_modalities=True))
+        sizes = None if self.cache is None else self.cache.sizes
+        batch = self.processor.pad(prepared, padding_side="right", all_modalities=True, feature_sizes=sizes)
+        return {**batch, "labelled_logits_only": True, "sample_ids": ids, "left_out": left_out}
+
+    def _no_sample(self) -> dict:
+        """Two tokens that nothing is learned from."""
+        eos = self.processor.tokenizer.eos_token_id
+        nothing = {"memory_input_ids": [], "video": None, "audio": None}
+        return {**nothing, "input_ids": [eos] * 2, "labels": [-100] * 2}

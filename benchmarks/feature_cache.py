@@ -1,0 +1,163 @@
+"""
+Stage `emotion` of the tiny preset from media and from the feature cache, in one run of one thread: seconds a step.
+
+    python -m empathic.benchmarks.feature_cache --output runs/benchmarks/feature_cache.json
+
+The corpus is the tiny preset's with fewer clips, the encoders and the language model have its sizes and random weights:
+speed does not depend on them. Clips are decoded in the training process; a data loader's workers would hide a part of
+it, as long as there are cores to spare.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import torch
+from transformers import (
+    CLIPVisionModel,
+    Qwen2ForCausalLM,
+    TrainerCallback,
+    WhisperForConditionalGeneration,
+    set_seed,
+)
+from transformers.utils import logging
+
+from empathic.data_prep.folder import prepare_folder
+from empathic.tiny.corpus import write_corpus
+from empathic.tiny.encoders import audio_config, feature_extractor, image_processor, vision_config
+from empathic.tiny.language_model import prompt_texts, tiny_text_config
+from empathic.tiny.memory_encoder import write_memory_encoder
+from empathic.tiny.vocabulary import build_memory_tokenizer, build_text_tokenizer
+from empathic.trainers import prepare_features, train
+from empathic.trainers.stages import freeze_for_stage
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "tiny" / "emotion.yaml"
+WARM_UP = 3  # steps that are not counted: first calls allocate
+
+
+class StepTimes(TrainerCallback):
+    """
+    Seconds from the end of a step to the end of the next (loading its batch, forward, backward, update): by the clock,
+    and of the processor, which other processes disturb less.
+    """
+
+    def __init__(self):
+        self.ends: dict[str, list[float]] = {"clock": [], "processor": []}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.ends["clock"].append(time.perf_counter())
+        self.ends["processor"].append(time.process_time())
+
+    def medians(self) -> dict[str, float]:
+        """Of the steps after the warm-up."""
+        return {
+            name: statistics.median(end - start for start, end in itertools.pairwise(ends[WARM_UP:]))
+            for name, ends in self.ends.items()
+        }
+
+
+def write_inputs(root: Path, dialogues: int) -> None:
+    """A corpus of clips in `root/data`, and the four parts of a model in `root/parts`."""
+    write_corpus(root / "recordings", num_dialogues={"train": dialogues, "validation": 2, "test": 2}, progress=False)
+    prepare_folder(root / "recordings", root / "data", progress=False)
+    torch.manual_seed(0)
+    parts = root / "parts"
+    tokenizer = build_text_tokenizer(prompt_texts())
+    for name, model, preprocessor in (
+        ("text", Qwen2ForCausalLM(tiny_text_config(tokenizer)), tokenizer),
+        ("vision", CLIPVisionModel(vision_config()), image_processor()),
+        ("audio", WhisperForConditionalGeneration(audio_config()), feature_extractor()),
+    ):
+        model.save_pretrained(parts / name)
+        preprocessor.save_pretrained(parts / name)
+    write_memory_encoder(build_memory_tokenizer(prompt_texts()), parts / "memory")
+
+
+def recipe(root: Path, steps: int) -> list[str]:
+    """The arguments of the tiny preset's stage `emotion`, on the inputs in `root`."""
+    arguments = ["--config", str(RECIPE), "--dataset_name", str(root / "data"), "--output_dir", str(root / "run")]
+    for part in train.PARTS:
+        arguments += [f"--{part}", str(root / "parts" / part)]
+    arguments += ["--max_steps", str(steps + WARM_UP + 1), "--dataloader_num_workers", "0", "--use_cpu", "True"]
+    return [*arguments, "--disable_tqdm", "True", "--logging_steps", "1", "--eval_strategy", "no"]
+
+
+def train_stage(arguments: list[str]) -> tuple[dict[str, float], list[float]]:
+    """Median seconds of a step of stage `emotion`, and the losses of all."""
+    script, args, model_args = train.parse(arguments)
+    set_seed(args.seed)
+    model, processor, _ = train.build_model(script, model_args)
+    freeze_for_stage(model, script.stage)
+    trainer = train.supervised_trainer(script, args, model, processor)
+    times = StepTimes()
+    trainer.add_callback(times)
+    trainer.train()
+    return times.medians(), [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+def measure(root: Path, steps: int, dialogues: int, draws: int) -> dict:
+    """Both ways of training, one after the other; what is printed and written."""
+    write_inputs(root, dialogues)
+    arguments = [*recipe(root, steps), "--frame_draws", str(draws)]
+    cache = ["--feature_cache", str(root / "features")]
+    start = time.perf_counter()
+    report = prepare_features.main([*arguments, *cache])
+    preparing = time.perf_counter() - start
+    seconds, losses = {}, {}
+    for name, more in (("media", []), ("cache", cache)):
+        seconds[name], losses[name] = train_stage([*arguments, *more])
+    return {
+        "seconds_a_step": seconds,
+        "ratio": {name: seconds["media"][name] / seconds["cache"][name] for name in ("clock", "processor")},
+        "largest_difference_of_a_loss": max(abs(a - b) for a, b in zip(losses["media"], losses["cache"], strict=True)),
+        "steps": steps,
+        "clips": report["cached"],
+        "frame_draws": draws,
+        "seconds_to_fill_the_cache": preparing,
+        "cache_bytes": sum(path.stat().st_size for path in (root / "features").glob("*.safetensors")),
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "load": os.getloadavg()[0],
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+    }
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Measures, prints and writes; returns what it wrote."""
+    parser = argparse.ArgumentParser(
+        description="Stage emotion of the tiny preset: seconds a step from media and from the feature cache.",
+        epilog="example:\n  python -m empathic.benchmarks.feature_cache --output runs/benchmarks/feature_cache.json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--output", default="runs/benchmarks/feature_cache.json", help="JSON file (%(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="counted steps of each (%(default)s)")
+    parser.add_argument("--dialogues", type=int, default=30, help="about three clips each (%(default)s)")
+    parser.add_argument("--draws", type=int, default=4, help="random frame draws a clip (%(default)s)")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as root, redirect_stdout(sys.stderr):
+        result = measure(Path(root), options.steps, options.dialogues, options.draws)
+    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+    Path(options.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    for name, value in result["seconds_a_step"].items():
+        print(f"{name}: {1000 * value['clock']:.0f} ms a step, {1000 * value['processor']:.0f} ms of the processor")
+    ratio = result["ratio"]
+    print(f"ratio: {ratio['clock']:.1f}, of the processor {ratio['processor']:.1f}; all of it is in {options.output}")
+    return result
+
+
+if __name__ == "__main__":
+    main()
