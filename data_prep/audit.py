@@ -257,7 +257,7 @@ def plot_poolings(audit: Audit, salt: str) -> str:
     axes.invert_yaxis()
     axes.set_xlim(0, 112)
     axes.set_xlabel(f"samples with a candidate below {audit.threshold} (%)")
-    axes.legend(frameon=False, labelcolor=INK, loc="lower right")
+    axes.legend(frameon=False, labelcolor=INK, loc="lower right", bbox_to_anchor=(1, 1))
     return _svg(figure, f"{salt} poolings")
 
 

@@ -15,7 +15,7 @@ Any number of files of each kind will do, and so will wavs that are unpacked alr
 - The pictures are a download of their own: `video_pattern` says where they lie.
 
 The lines are read twice: once for where those of a dialogue are, which may be in several files, then a dialogue at a
-time. Held in between are two numbers a line and the last letters of each wav's name: some 10 MB for the whole corpus.
+time. Held in between are two numbers a line and the last letters of each wav's name: some 20 MB for the whole corpus.
 """
 
 from __future__ import annotations

@@ -212,6 +212,16 @@ def test_a_snapshot_inside_of_another_folder(snapshot, result, tmp_path):
         result()
 
 
+def test_the_folder_says_of_which_split_a_file_is(raw, result):
+    lines = [line("t_a", 0), line("t_b", 0)]
+    for place, (split, row) in enumerate(zip(("test_rare", "train"), lines, strict=True)):
+        write_table(raw, split, [row]).rename(raw / "metadata" / split / f"{place}.jsonl")
+        write_tar(raw, split, wavs([row])).rename(raw / "data" / split / f"{place}.tar.gz")
+    found = result()
+    assert [(d.split, d.dialogue_id) for d in found.dialogues] == [("train", "t_b"), ("test_rare", "t_a")]
+    assert found.clips() == ["t_b_0a", "t_a_0a"]
+
+
 def test_flat_files(raw, result):
     lines = [line("t_a", n) for n in range(3)] + [line("t_a-b", n) for n in range(2)]
     (raw / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -465,6 +475,15 @@ def test_videos(raw, result):
         f"{table}:3": "video/train/t_a/02a/t_a_2a.mp4: there is no such video.",
         f"{table}:4, dialogue t_b": "no video of it is there, for utterances 0, 1.",
     }
+
+
+def test_a_video_by_the_name_of_a_wav_that_no_line_names(raw, result):
+    lines = [line("t_a", n, file_name=..., original_full_path=...) for n in range(2)]
+    write_table(raw, "train", lines)
+    write_tar(raw, "train", ["t_a/t_a_0a.wav", "t_a/t_a_1k.wav"])
+    write_loose(raw / "video", ["t_a_0a.mp4", "k/t_a_1k.mp4"])
+    assert [len(turn.video) for turn in result(video_pattern="video/{stem}.mp4").turns] == [1, 0]
+    assert [len(turn.video) for turn in result(video_pattern="video/{actor}/{stem}.mp4").turns] == [0, 1]
 
 
 def test_video_patterns_that_cannot_be_used(raw, result):
