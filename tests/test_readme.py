@@ -30,7 +30,7 @@ def test_every_path_of_the_tree_exists():
 
 
 def test_every_module_is_in_the_tree():
-    folders = ("data_prep", "trainers", "evaluation", "tiny")
+    folders = ("data_prep", "trainers", "evaluation", "benchmarks", "tiny")
     modules = {path.name for path in ROOT.glob("*.py")}
     modules |= {f"{name}/{path.name}" for name in folders for path in (ROOT / name).glob("*.py")}
     assert {m for m in modules if not m.endswith("__init__.py")} <= tree()
@@ -41,7 +41,7 @@ def test_the_commands_are_the_command_lines():
     assert len(commands) >= 2
     for command in commands:
         known, rest = build_parser().parse_known_args(command.split())
-        assert not rest or known.command == "train"
+        assert not rest or known.command in ("train", "prepare-features")
 
 
 def test_no_placeholder_is_left():
