@@ -1,13 +1,15 @@
 """How a model is put together: from four pretrained parts, or from the folder of a training stage and its base."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, CLIPModel, CLIPVisionModel
 from transformers import initialization as init
-from transformers.utils import cached_file
+from transformers.utils import cached_file, is_peft_available
 
 from .configuration_empathic import MEM_TOKEN, EmpathicConfig, find_placeholder_tokens
 from .memory_empathic import use_exact_layers
@@ -16,7 +18,8 @@ from .memory_empathic import use_exact_layers
 # stands beside them where the stage trained one.
 STAGE_FILE = "empathic_stage.json"
 PARTS_FILE = "trained_parts.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_PREFIX = "base_model.model."  # of a PEFT model's keys
 
 # Prefixes of the tensors that come from the four pretrained parts; everything else is new in a composed model.
 PRETRAINED_PREFIXES = (
@@ -52,6 +55,24 @@ def resolve_base(path: str, base: str) -> str:
     return str(beside.resolve()) if beside.is_dir() else base
 
 
+def check_tensors(file: str, tensors: dict[str, torch.Tensor], shapes: dict[str, torch.Size | None]) -> None:
+    """
+    Compares what a file holds with the shapes that a model has under the same keys (None: it has no such tensor).
+
+    Raises:
+        ValueError: naming the keys that are missing, unexpected, or of another shape.
+    """
+    known = {key: shape for key, shape in shapes.items() if shape is not None}
+    problems = {
+        "missing": sorted(shapes.keys() - tensors.keys()),
+        "unexpected": sorted(tensors.keys() - known.keys()),
+        "of another shape": sorted(k for k, v in tensors.items() if k in known and known[k] != v.shape),
+    }
+    if any(problems.values()):
+        found = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
+        raise ValueError(f"{file} does not fit the model it was trained on ({found}).")
+
+
 def load_parts(model, path: str, names: list[str], **hub) -> None:
     """
     Puts the tensors of a stage's `trained_parts.safetensors` into the model.
@@ -65,17 +86,37 @@ def load_parts(model, path: str, names: list[str], **hub) -> None:
             f"{path} names {len(names)} trained tensors but holds no {PARTS_FILE}: the folder is incomplete."
         )
     tensors, state = load_file(file), dict(model.named_parameters())
-    problems = {
-        "missing": sorted(set(names) - set(tensors)),
-        "unexpected": sorted(set(tensors) - (set(names) & set(state))),
-        "of another shape": sorted(k for k, v in tensors.items() if k in state and state[k].shape != v.shape),
-    }
-    if any(problems.values()):
-        found = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
-        raise ValueError(f"{file} does not fit the model it was trained on ({found}).")
+    check_tensors(file, tensors, {name: state[name].shape if name in state else None for name in names})
     with torch.no_grad():
         for name, tensor in tensors.items():
             state[name].copy_(tensor)
+
+
+def load_adapter(model, path: str, load, **hub) -> None:
+    """
+    Puts the PEFT adapter of a folder or Hub repository into the model.
+
+    Args:
+        load: does it; what PEFT and transformers then only warn of is an error here.
+
+    Raises:
+        ValueError: naming the keys that are missing, unexpected, or of another shape, as where the adapter was trained
+            on another base.
+    """
+    file, error = find_file(path, ADAPTER_FILE, **hub), None
+    try:
+        load()
+    except RuntimeError as raised:  # another shape: by now the adapter's layers are there to compare with
+        error = raised
+    if file is not None and is_peft_available():
+        from peft import get_peft_model_state_dict
+
+        ours = get_peft_model_state_dict(model, save_embedding_layers=False)
+        with safe_open(file, framework="pt") as saved:
+            tensors = {key.removeprefix(ADAPTER_PREFIX): saved.get_tensor(key) for key in saved.keys()}  # noqa: SIM118
+        check_tensors(file, tensors, {key.removeprefix(ADAPTER_PREFIX): value.shape for key, value in ours.items()})
+    if error is not None:
+        raise error
 
 
 class CompositionMixin:
@@ -108,6 +149,8 @@ class CompositionMixin:
             base = {key: resolve_base(path, v) if isinstance(v, str) else v for key, v in stage["base"].items()}
             options = {k: kwargs[k] for k in ("dtype", "attn_implementation") if k in kwargs}
             model = cls.from_parts_pretrained(**{**base, **options})
+            if kwargs.get("output_loading_info"):  # each part raises if it lacks a tensor
+                info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
         else:
             model = cls.from_pretrained(resolve_base(path, stage["base"]), *args, **kwargs)
             if kwargs.get("output_loading_info"):
@@ -115,14 +158,15 @@ class CompositionMixin:
         if stage["trained"]:
             load_parts(model, path, stage["trained"], **hub)
         if find_file(path, ADAPTER_CONFIG, **hub) is not None:
-            model.load_adapter(path, adapter_kwargs=hub)
+            load_adapter(model, path, partial(model.load_adapter, path, adapter_kwargs=hub), **hub)
         elif not stage["trained"]:
             raise ValueError(
                 f"{path} is the folder of the stage {stage['stage']!r}, but it names no trained tensors and holds no "
                 f"{ADAPTER_CONFIG}: the folder is incomplete."
             )
         if other_adapter is not None and str(other_adapter) != path:
-            model.load_adapter(other_adapter, adapter_kwargs=adapter_kwargs)
+            load = partial(model.load_adapter, other_adapter, adapter_kwargs=adapter_kwargs)
+            load_adapter(model, other_adapter, load, **adapter_kwargs)
         return model if info is None else (model, info)
 
     @classmethod

@@ -136,6 +136,11 @@ class EmpathicPreTrainedModel(PreTrainedModel):
         """As in transformers; one name is spread over the parts as far as each supports it."""
         super().set_attn_implementation(self.config.attn_implementation_by_part(attn_implementation), **kwargs)
 
+    def enable_input_require_grads(self):
+        """As in transformers, but for the LLM's input alone: the frozen encoders need no backward pass."""
+        hook = self.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_(True))
+        self._require_grads_hooks, self._require_grads_hook = [hook], hook
+
     def train(self, mode: bool = True):
         """
         As in torch, but a part that is frozen as a whole stays in evaluation mode: no dropout on frozen features. The

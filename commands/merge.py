@@ -1,12 +1,18 @@
 """`empathic merge`: one whole model of a stage's folder."""
 
+import sys
+
 from empathic.commands import add_command
 
 
 def run(arguments) -> int:
     from empathic.trainers.checkpoint import merge
 
-    merge(arguments.folder, arguments.output)
+    try:
+        merge(arguments.folder, arguments.output, dtype=arguments.dtype)
+    except FileExistsError as error:
+        print(error, file=sys.stderr)
+        return 1
     print(f"One whole model is in {arguments.output}.")
     return 0
 
@@ -22,3 +28,9 @@ def add(commands) -> None:
     )
     sub.add_argument("folder", metavar="FOLDER", help="output folder of a stage")
     sub.add_argument("output", metavar="OUT", help="folder to write")
+    sub.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="what the model is merged and saved in; auto: as its base",
+    )

@@ -262,6 +262,55 @@ def tiny_config():
     return make
 
 
+@pytest.fixture(scope="session")
+def recordings(tmp_path_factory, write_media, grey_frames, tone):
+    """
+    `data`, a folder of three dialogues a split, and `pairs`, preference rows with clips. Of the clips one can be seen
+    and heard, one only heard, one only seen.
+    """
+    import json
+    from types import SimpleNamespace
+
+    from datasets import load_dataset
+
+    from empathic.data_prep.folder import prepare_folder
+    from empathic.data_prep.views import DialogueSamples
+
+    raw = tmp_path_factory.mktemp("recordings")
+    texts = ("hello there", "how are you", "i am fine thanks", "what did he say")
+    lines = []
+    for split in ("train", "validation"):
+        for number, emotion in enumerate(("happy", "sad", "angry")):
+            name = f"{split}{number}"
+            frames = None if number == 1 else grey_frames(6)
+            samples = None if number == 2 else tone(0.6, frequency=200 + 300 * number)
+            file = raw / f"{name}.{'wav' if frames is None else 'mp4'}"
+            write_media(
+                file, frames=frames, samples=samples, **({"audio_codec": "pcm_s16le"} if frames is None else {})
+            )
+            for turn, text in enumerate(texts):
+                line = {"dialogue_id": name, "turn": turn, "speaker": ("clara", "bot")[turn % 2], "text": text}
+                line["split"] = split
+                if turn % 2 == 0:
+                    line |= {"emotion": emotion, "file_name": file.name}
+                lines.append(line)
+    (raw / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    data = tmp_path_factory.mktemp("data")
+    prepare_folder(raw, data, progress=False)
+    pairs = tmp_path_factory.mktemp("pairs")
+    for split in ("train", "validation"):
+        rows = [
+            {
+                "prompt": sample["prompt"],
+                "chosen": [{"role": "assistant", "content": sample["reply"]}],
+                "rejected": [{"role": "assistant", "content": "the old dog"}],
+            }
+            for sample in DialogueSamples(load_dataset(str(data), split=split))
+        ]
+        (pairs / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return SimpleNamespace(data=str(data), pairs=str(pairs))
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A `HubServer`, which this process and those that it starts take for the Hub, logged in as `me`."""

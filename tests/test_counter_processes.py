@@ -205,10 +205,9 @@ def test_options_that_do_not_go_together(more, message):
 
 def test_options_are_handed_on_to_the_launched_processes(monkeypatch, tmp_path):
     ran = []
-    monkeypatch.setattr(os, "execv", lambda program, line: ran.append(line) or (_ for _ in ()).throw(SystemExit(0)))
+    monkeypatch.setattr(subprocess, "call", lambda line: ran.append(line) or 3)
     line = ["--generator=g", "--data=a b", "--out=o", "--splits", "train", "test", "--greedy", "--threshold=-0.5"]
-    with pytest.raises(SystemExit):
-        main(["counter", "--accelerate_config=c.yaml", *line])
+    assert main(["counter", "--accelerate_config=c.yaml", *line]) == 3
     (line,) = ran
     assert line[1:5] == ["-m", "accelerate.commands.launch", "--config_file", "c.yaml"]
     assert line[5:7] == ["-m", "empathic.data_prep.counter"]

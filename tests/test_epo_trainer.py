@@ -339,6 +339,7 @@ def two_process_run(folder: Path) -> None:
         (folder / "report.json").write_text(json.dumps(report))
 
 
+@pytest.mark.distributed
 def test_two_processes_give_the_same_steps(tmp_path, undivided):
     """The last batch has 3 pairs for 4 places: the one that accelerate repeats must not count."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]

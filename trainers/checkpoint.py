@@ -2,26 +2,26 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
-import torch
 from peft import PeftModel
-from safetensors.torch import save_file
-from transformers import Trainer
 from transformers.dynamic_module_utils import custom_object_save
 
 from empathic.composition_empathic import (
     ADAPTER_CONFIG,
-    PARTS_FILE,
     PRETRAINED_PREFIXES,
     STAGE_FILE,
     find_file,
-    load_parts,
+    load_adapter,
     read_stage,
     resolve_base,
 )
 from empathic.modeling_empathic import EmpathicForConditionalGeneration
 from empathic.processing_empathic import EmpathicProcessor
+from empathic.trainers.model_card import read_record, write_card, write_record
+
+UNFINISHED = "_unfinished-"  # what a folder is called while it is written; pushes leave out what begins with "_"
 
 
 def load_model(path: str, trainable: bool = False, **kwargs):
@@ -36,17 +36,40 @@ def load_model(path: str, trainable: bool = False, **kwargs):
     """
     if find_file(path, ADAPTER_CONFIG) is None:
         return EmpathicForConditionalGeneration.from_pretrained(path, **kwargs)
-    base = resolve_base(path, read_stage(path)["base"])
-    return PeftModel.from_pretrained(load_model(base, **kwargs), path, is_trainable=trainable)
+    record = read_stage(path)
+    if record is None:
+        raise ValueError(f"{path} has an adapter but no {STAGE_FILE} that names its base: the folder is incomplete.")
+    base, adapted = load_model(resolve_base(path, record["base"]), **kwargs), []
+    load_adapter(base, path, lambda: adapted.append(PeftModel.from_pretrained(base, path, is_trainable=trainable)))
+    return adapted[0]
 
 
 def merge(path: str, output: str, **kwargs) -> None:
-    """Writes one whole model, adapters merged and all parts in place, with its processor and code."""
+    """
+    Writes one whole model, adapters merged and all parts in place, with its processor, code and card.
+
+    Args:
+        path: a stage's folder or Hub id.
+        output: a new folder. It is written beside its place and moved there at the end.
+        kwargs: of `from_pretrained`; `dtype` is what the model is merged and saved in, by default that of the base.
+
+    Raises:
+        FileExistsError: `output` is there and not empty.
+    """
+    target = Path(output)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{output} is there already: name a new folder, or remove it first.")
     model = load_model(path, **kwargs)
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
-    model.save_pretrained(output)
-    EmpathicProcessor.from_pretrained(path).save_pretrained(output)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=target.parent) as folder:
+        unfinished = Path(folder, target.name)
+        model.save_pretrained(unfinished)
+        EmpathicProcessor.from_pretrained(path).save_pretrained(unfinished)
+        write_record(str(unfinished), read_record(path))
+        write_card(str(unfinished))
+        os.replace(unfinished, target)
 
 
 def _relative(base: str, folder: str) -> str:
@@ -62,10 +85,11 @@ class StageRecord:
         stage: the stage's name.
         base: the folder or Hub id it started from, or the four parts as a dict.
         trained: names of the tensors it trained (none for an adapter).
+        runs: the record of the runs up to this one, see `model_card`; with it the folder gets a card.
     """
 
-    def __init__(self, stage: str, base: str | dict, trained: list[str]):
-        self.stage, self.base, self.trained = stage, base, trained
+    def __init__(self, stage: str, base: str | dict, trained: list[str], runs: list[dict] | None = None):
+        self.stage, self.base, self.trained, self.runs = stage, base, trained, runs
 
     def save(self, model: EmpathicForConditionalGeneration, folder: str) -> None:
         """Writes the stage file, the config and the code, so that `from_pretrained` loads the folder as it is."""
@@ -79,43 +103,14 @@ class StageRecord:
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
-        # Written last: a folder that names its stage is complete.
-        Path(folder, STAGE_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-class StageSaving:
-    """Mixin over `Trainer`: saves and resumes the parts that a stage trains instead of the whole model."""
-
-    stage_record: StageRecord
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        output_dir = output_dir if output_dir is not None else self.args.output_dir
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if isinstance(model, PeftModel):
-            super()._save(output_dir, state_dict)
-            if self.args.should_save:
-                self.stage_record.save(model.get_base_model(), output_dir)
-            return
-        if not self.args.should_save:
-            return
-        os.makedirs(output_dir, exist_ok=True)
-        state = model.state_dict() if state_dict is None else state_dict
-        tensors = {name: state[name].detach().cpu().contiguous() for name in self.stage_record.trained}
-        save_file(tensors, os.path.join(output_dir, PARTS_FILE), metadata={"format": "pt"})
-        self.processing_class.save_pretrained(output_dir)
-        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
-        self.stage_record.save(model, output_dir)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        target = self.accelerator.unwrap_model(self.model if model is None else model, keep_torch_compile=False)
-        if isinstance(target, PeftModel):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_parts(target, resume_from_checkpoint, self.stage_record.trained)
-
-
-class StageTrainer(StageSaving, Trainer):
-    """`transformers.Trainer` for the supervised stages."""
+        if self.runs is not None:
+            write_record(folder, {"runs": self.runs})
+        # A folder that names its stage is complete; its card reads it.
+        unfinished = Path(folder, f"{STAGE_FILE}.tmp")
+        unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        os.replace(unfinished, Path(folder, STAGE_FILE))
+        if self.runs is not None:
+            write_card(folder)
 
 
 def new_tensors(model: EmpathicForConditionalGeneration) -> list[str]:

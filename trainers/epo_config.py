@@ -26,6 +26,9 @@ class EPOConfig(TrainingArguments):
         default=False,
         metadata={"help": "Must stay false: prompt, chosen and rejected are no arguments of the model."},
     )
+    hub_private_repo: bool | None = field(
+        default=True, metadata={"help": "With push_to_hub: for your eyes only. False: a public repository."}
+    )
     beta: float = field(default=2.0, metadata={"help": "Scale of the rewards, equation 1 of the paper."})
     gamma: float = field(
         default=0.5,

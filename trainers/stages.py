@@ -80,6 +80,9 @@ class StageConfig(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Keep False: the collator reads whole rows."})
+    hub_private_repo: bool | None = field(
+        default=True, metadata={"help": "With push_to_hub: for your eyes only. False: a public repository."}
+    )
     history: str = field(
         default="memory",
         metadata={"help": "Earlier turns as `memory` vectors, as `text` (the ablation) or `none`."},
@@ -102,6 +105,13 @@ class StageConfig(TrainingArguments):
         default=None,
         metadata={"help": "Longest run of utterances to rebuild, drawn at random; None: whole conversations."},
     )
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest prompt + target in tokens of the language model. A longer sample is left out and "
+            "reported, never cut. None: no limit."
+        },
+    )
     max_eval_samples: int = field(default=500, metadata={"help": "Evaluation samples at most."})
 
     def __post_init__(self):
@@ -111,6 +121,8 @@ class StageConfig(TrainingArguments):
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)!r}.")
         if self.max_utterances is not None and self.max_utterances < 1:
             raise ValueError(f"max_utterances must be at least 1, got {self.max_utterances!r}.")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"max_length must be at least 2, got {self.max_length!r}.")
         # The sample stream is shuffled by itself and knows every draw by its number, so the sampler only counts.
         self.train_sampling_strategy = "sequential"
         super().__post_init__()

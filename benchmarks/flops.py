@@ -1,0 +1,106 @@
+"""
+Floating point operations of a training step, and what GPUs can do in a second.
+
+`model_flops` counts what the mathematics of a step needs: every matrix product once forward, once for the gradient of
+its input where one must pass, once for that of its weight where it trains. What checkpoints compute again is no part of
+it, so that it is the numerator of model FLOPs utilisation (Chowdhery et al. 2022, appendix B). Attention is counted in
+full, not its causal half, as torch's counter does.
+"""
+
+from torch import nn
+
+from empathic.benchmarks.shapes import Shapes
+
+# Dense bf16 operations a second (10^12) on the tensor cores, from the makers' data sheets (half of the figure where
+# they give it with sparsity). The first name that the device's name contains is taken.
+PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "A10G": 70.0,
+    "A10": 125.0,
+    "A40": 149.7,
+    "RTX 5090": 209.5,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
+}
+SCAN_OPERATIONS = 6  # of Mamba's scan, for each channel, state and token: decay, drive, sum, and the product with C
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """The device's dense bf16 peak in 10^12 operations a second, None if it is not in the table."""
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
+
+
+def _products(modules, positions: int, gradient: bool) -> float:
+    """Operations of linear layers over `positions`; `gradient`: whether one passes through them."""
+    total = 0.0
+    for module in modules:
+        if isinstance(module, nn.Linear):
+            passes = 1 + gradient + module.weight.requires_grad
+            total += 2.0 * module.weight.numel() * positions * passes
+    return total
+
+
+def _qformer(qformer, queries: int, positions: int, clips: int) -> float:
+    total = 0.0
+    for name, module in qformer.named_modules():
+        encoded = name.endswith(("crossattention.attention.key", "crossattention.attention.value"))
+        total += _products([module], clips * (positions if encoded else queries), gradient=False)
+    config, crossed = qformer.config, 0
+    for name, _ in qformer.named_modules():
+        crossed += name.endswith("crossattention.attention")
+    return total + 4.0 * clips * queries * config.hidden_size * (
+        config.num_hidden_layers * queries + crossed * positions
+    )
+
+
+def model_flops(model, stage: str, shapes: Shapes) -> dict[str, float]:
+    """
+    Operations of one step by part of the model, without recomputation.
+
+    Args:
+        model: an `EmpathicForConditionalGeneration`, or a PEFT model of one, prepared for the stage; it may lie on the
+            meta device.
+        stage: whose batch it is.
+        shapes: of the batch.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    body, config = model.model, model.config
+    text, rows, length = config.text_config, shapes.rows(stage), shapes.length(stage)
+    memory_trains = any(parameter.requires_grad for parameter in body.memory.parameters())
+
+    width = text.num_attention_heads * getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
+    attention = 3 * 4.0 * rows * length**2 * width * text.num_hidden_layers
+    flops = {"language model": _products(body.language_model.modules(), rows * length, gradient=True) + attention}
+    flops["head"] = _products([model.lm_head], shapes.logits(stage), gradient=True)
+
+    memory, tokens = body.memory, rows * shapes.memory_length
+    flops["memory"] = _products(memory.mamba.modules(), tokens, gradient=memory_trains)
+    flops["memory"] += _products(memory.projector.modules(), rows * shapes.turns, gradient=memory_trains)
+    mamba = config.memory_config
+    if mamba.model_type == "mamba":  # Mamba-2's scan is left out
+        scan = (SCAN_OPERATIONS * mamba.state_size + 2 * mamba.conv_kernel) * mamba.intermediate_size
+        flops["memory"] += (3.0 if memory_trains else 1.0) * scan * mamba.num_hidden_layers * tokens
+
+    clips, vision, audio = shapes.clips(stage), config.vision_config, config.audio_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    frames, seen = clips * shapes.frames, patches + 1
+    patching = 2.0 * body.vision_tower.embeddings.patch_embedding.weight.numel() * patches * frames
+    flops["vision"] = patching + _products(body.vision_tower.modules(), frames * seen, gradient=False)
+    flops["vision"] += 4.0 * frames * seen**2 * vision.hidden_size * vision.num_hidden_layers
+    heard = audio.max_source_positions
+    mixing = 2.0 * (2 * body.audio_tower.conv1.weight.numel() + body.audio_tower.conv2.weight.numel()) * heard * clips
+    flops["audio"] = mixing + _products(body.audio_tower.modules(), heard * clips, gradient=False)
+    flops["audio"] += 4.0 * clips * heard**2 * audio.d_model * audio.encoder_layers
+    queries = config.num_query_tokens
+    flops["Q-formers"] = _qformer(body.video_qformer, queries, shapes.frames * seen, clips)
+    flops["Q-formers"] += _qformer(body.audio_qformer, queries, heard, clips)
+    for projector in (body.video_projector, body.audio_projector):
+        flops["Q-formers"] += _products(projector.modules(), clips * queries, gradient=False)
+    return flops

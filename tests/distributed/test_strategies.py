@@ -1,0 +1,128 @@
+"""The five stages under DDP, ZeRO-2, ZeRO-3 and FSDP2, in two processes each, beside the same in one."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from empathic.composition_empathic import PARTS_FILE
+from empathic.modeling_empathic import EmpathicForConditionalGeneration
+from empathic.processing_empathic import EmpathicProcessor
+from empathic.trainers import train
+from empathic.trainers.saving import ADAPTER_FILE
+from empathic.trainers.stages import STAGES
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
+
+STRATEGIES = ("multi_gpu", "zero2", "zero3", "fsdp2")
+STEPS, SAVED = 4, 2
+QFORMER = ["--qformer_layers", "2", "--qformer_heads", "2", "--qformer_width", "32"]
+SIZES = [*QFORMER, "--num_query_tokens", "4", "--num_frames", "2"]
+
+
+def arguments(stage, recordings, base, output, batch, *more):
+    """The stage script's arguments. `base`: the folder of an earlier stage, or the parts as a dict."""
+    data = recordings.pairs if stage == "epo" else recordings.data
+    found = ["--stage", stage, "--dataset_name", data, "--output_dir", str(output), "--max_steps", str(STEPS)]
+    found += ["--per_device_train_batch_size", str(batch), "--per_device_eval_batch_size", str(batch)]
+    found += ["--learning_rate", "1e-2", "--report_to", "none", "--disable_tqdm", "True", "--logging_steps", "1"]
+    found += ["--lr_scheduler_type", "cosine", "--seed", "3", "--save_steps", str(SAVED)]
+    found += ["--eval_strategy", "steps", "--eval_steps", "3", "--log_samples", "0"]
+    if isinstance(base, dict):
+        found += [option for name, path in base.items() for option in (f"--{name}", path)]
+        found += SIZES
+    else:
+        found += ["--model_name_or_path", str(base)]
+    if stage == "dialogue":
+        found += ["--lora_r", "4", "--lora_alpha", "8"]
+    return [*found, *map(str, more)]
+
+
+def log(folder, wanted=("loss", "grad_norm")):
+    """Losses and norms of the gradients, step by step."""
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    return torch.tensor([[entry[name] for name in wanted] for entry in history if "loss" in entry], dtype=torch.float64)
+
+
+def trained(folder):
+    file = folder / ADAPTER_FILE
+    return load_file(file if file.exists() else folder / PARTS_FILE)
+
+
+NO_DROPOUT = {"emotion": ["--qformer_dropout", "0"], "dialogue": ["--lora_dropout", "0"]}
+DROPOUT = {"emotion": ["--qformer_dropout", "0.1"], "dialogue": ["--lora_dropout", "0.2"]}  # the other stages have none
+
+
+@pytest.fixture(scope="session")
+def alone(recordings, parts, tmp_path_factory):
+    """The folders of all five stages, trained in this one process on the joined batches, without dropout."""
+    root, base = tmp_path_factory.mktemp("alone"), parts
+    for stage in STAGES:
+        train.main(arguments(stage, recordings, base, root / stage, 4, *NO_DROPOUT.get(stage, [])))
+        base = root / stage
+    return root
+
+
+@pytest.fixture(scope="session", params=STRATEGIES)
+def runs(request, alone, parts, recordings, start, tmp_path_factory):
+    """
+    One strategy's folders: `plain/STAGE` without dropout, `unbroken/STAGE` with it where the stage has any, and
+    `resumed/STAGE`, which goes on from the latter's checkpoint in processes of its own.
+    """
+    strategy = request.param
+    if strategy.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="make test-distributed installs it")
+    root = tmp_path_factory.mktemp(strategy)
+    first, second = [], []
+    for before, stage in zip((None, *STAGES), STAGES, strict=False):
+        base = parts if before is None else alone / before
+        plain, dropout = NO_DROPOUT.get(stage, []), DROPOUT.get(stage, [])
+        first.append(arguments(stage, recordings, base, root / "plain" / stage, 2, *plain))
+        if dropout:
+            first.append(arguments(stage, recordings, base, root / "unbroken" / stage, 2, *dropout))
+        resumed = arguments(stage, recordings, base, root / "resumed" / stage, 2, *dropout)
+        second.append([*resumed, "--resume_from_checkpoint", "auto"])
+    start(strategy, first)
+    for stage in STAGES:
+        if stage not in DROPOUT:
+            (root / "unbroken").mkdir(exist_ok=True)
+            (root / "unbroken" / stage).symlink_to(root / "plain" / stage)
+        checkpoint = f"checkpoint-{SAVED}"
+        shutil.copytree(root / "unbroken" / stage / checkpoint, root / "resumed" / stage / checkpoint)
+    start(strategy, second)
+    return root
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_losses_are_those_of_one_process(alone, runs, stage):
+    ours, expected = log(runs / "plain" / stage), log(alone / stage)
+    assert ours.shape == expected.shape == (STEPS, 2)
+    assert torch.allclose(ours, expected, rtol=2e-3), (ours, expected)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_folder_is_the_model_of_one_process(alone, runs, stage, clip):
+    ours, expected = trained(runs / "plain" / stage), trained(alone / stage)
+    assert ours.keys() == expected.keys()
+    whole, info = EmpathicForConditionalGeneration.from_pretrained(runs / "plain" / stage, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    reference = EmpathicForConditionalGeneration.from_pretrained(alone / stage)
+    processor = EmpathicProcessor.from_pretrained(runs / "plain" / stage)
+    messages = [
+        {"role": "user", "content": "hello there"},
+        {"role": "user", "content": [{"type": "video", "path": clip}, {"type": "text", "text": "how are you"}]},
+    ]
+    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = [model.eval()(**inputs).logits for model in (whole, reference)]
+    assert torch.allclose(*logits, atol=1e-2), (logits[0] - logits[1]).abs().max()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resumed_is_as_unbroken(runs, stage):
+    unbroken, resumed = log(runs / "unbroken" / stage), log(runs / "resumed" / stage)
+    assert torch.equal(unbroken, resumed) or torch.allclose(unbroken, resumed, rtol=1e-6), (unbroken, resumed)
+    for name, tensor in trained(runs / "unbroken" / stage).items():
+        assert torch.allclose(tensor, trained(runs / "resumed" / stage)[name], atol=1e-6), name
