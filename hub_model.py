@@ -2,15 +2,19 @@
 
 import json
 import os
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from huggingface_hub import HfApi, get_token, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_imports
 
 from empathic.composition_empathic import ADAPTER_CONFIG, PARTS_FILE, STAGE_FILE, resolve_base
 from empathic.hub import CARD, Patterns, PushError, kind_of, push_files, read_json, select_files
 from empathic.processing_empathic import TASKS
+from empathic.trainers.model_card import EMPTY_CARD, RUNS_FILE, folder_card, is_ours
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
@@ -30,13 +34,15 @@ MODEL_FILES: Patterns = {
     "memory_tokenizer": ("*.json", "*.model", "merges.txt", "vocab.txt"),
     "additional_chat_templates": ("*.jinja",),
 }
-OF_THE_RUN = ("trainer_state.json", "*_results.json", "*.index.json")  # no part of the model, or named with its tensors
+# No part of the model, or named with its tensors.
+OF_THE_RUN = ("trainer_state.json", "checkpoint_complete.json", "*_results.json", "*.index.json")
 # Left by an earlier push, these would be loaded in place of the new, or beside it.
 MODEL_STALE: Patterns = {
-    "": ("*.safetensors", WEIGHTS_INDEX, STAGE_FILE, ADAPTER_CONFIG, "*_empathic.py", "chat_template.jinja"),
+    "": ("*.safetensors", WEIGHTS_INDEX, STAGE_FILE, RUNS_FILE, ADAPTER_CONFIG, "*_empathic.py", "chat_template.jinja"),
     "additional_chat_templates": ("*.jinja",),
 }
-EMPTY_CARD = "# Model Card for Model ID"  # the form that PEFT leaves beside an adapter: it says nothing yet
+# Of a checkpoint: a pickle that may hold the token, and a card that stands one folder higher.
+NOT_OF_A_CHECKPOINT = ("training_args.bin", CARD)
 
 
 def model_kind(folder: Path) -> str | None:
@@ -57,19 +63,22 @@ def push_model(
     token: str | None = None,
     revision: str | None = None,
     commit_message: str | None = None,
+    checkpoints: Mapping[str, Path] | None = None,
 ) -> str:
     """
     Pushes a whole model or a stage's folder; `AutoModelForMultimodalLM.from_pretrained(repo_id,
     trust_remote_code=True)` loads it.
 
     Weights, config, generation config, code files, both tokenizers, chat templates and the card are pushed;
-    checkpoints, optimizer states and training arguments are not.
+    checkpoints, optimizer states and training arguments are not. A card that was written from the run names the model
+    by its id; one that somebody has changed goes as it is, and one that was changed on the Hub stays as it is there.
 
     Args:
         folder: of `save_pretrained`, `empathic merge` or a training stage.
         repo_id: `owner/name` of the model on the Hub; made if it is not there.
         base: of a stage that stands on a folder: the Hub id under which that base was pushed. The pushed files name it.
         private, token, revision, commit_message: see `hub.push_dataset`.
+        checkpoints: of a stage: folders in the repository, and the checkpoints that go there whole, in the same commit.
 
     Returns:
         The address of the model.
@@ -91,13 +100,17 @@ def push_model(
     ]
     names = [*_check_complete(folder, kind), *_code_files(folder), *others]
     files: dict[str, Path | bytes] = {name: folder / name for name in names}
-    if CARD in files and EMPTY_CARD in files[CARD].read_text(encoding="utf-8"):
-        del files[CARD]
     if kind == "stage":
         files |= _with_base(folder, base)
+    stale = dict(MODEL_STALE)
+    for place, checkpoint in (checkpoints or {}).items():
+        files |= {f"{place}/{name}": content for name, content in _checkpoint_files(checkpoint, base).items()}
+        stale |= dict.fromkeys(_folders_there(place, repo_id, token, revision), ("*",))
+    if CARD in files:
+        files |= _card(folder, files.pop(CARD), repo_id, base, token, revision)
     return push_files(
         files,
-        MODEL_STALE,
+        stale,
         repo_id,
         repo_type="model",
         private=private,
@@ -169,12 +182,56 @@ def _references(path: Path) -> list[str]:
     return [name.split("--")[-1].split(".")[0] for name in classes.values()]
 
 
+def local_bases(base: str | dict, folder: str | os.PathLike = ".") -> list[str]:
+    """What is a folder of this machine in a stage's base, which may be relative to the stage's own `folder`."""
+    parts = [value for value in base.values() if isinstance(value, str)] if isinstance(base, dict) else [base]
+    return [part for part in parts if part.startswith((".", "/")) or Path(resolve_base(str(folder), part)).is_dir()]
+
+
+def _card(
+    folder: Path, path: Path, repo_id: str, base: str | None, token: str | None, revision: str | None
+) -> dict[str, str | bytes]:
+    """The card under its name, written anew for the place it goes to; nothing where it has nothing to say there."""
+    text = path.read_text(encoding="utf-8")
+    if EMPTY_CARD in text:
+        return {}
+    if not is_ours(text):
+        return {CARD: text.encode()}
+    try:
+        there = hf_hub_download(repo_id, CARD, revision=revision, token=token or get_token() or False)
+    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError, ValueError):  # ValueError: no id
+        there = None
+    if there is not None and not is_ours(Path(there).read_text(encoding="utf-8")):
+        return {}
+    return {CARD: folder_card(folder, repo_id, base).encode()}
+
+
+def _checkpoint_files(checkpoint: Path, base: str | None) -> dict[str, Path | bytes]:
+    """All that a run needs to go on, as it can be read anywhere."""
+    files: dict[str, Path | bytes] = {
+        path.relative_to(checkpoint).as_posix(): path
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file() and path.name not in NOT_OF_A_CHECKPOINT
+    }
+    state = {**read_json(checkpoint / "trainer_state.json"), "best_model_checkpoint": None}  # a path of this machine
+    files["trainer_state.json"] = (json.dumps(state, indent=2) + "\n").encode()
+    return files | _with_base(checkpoint, base)
+
+
+def _folders_there(place: str, repo_id: str, token: str | None, revision: str | None) -> set[str]:
+    """A folder of a repository and those in it; DeepSpeed names some by the step, and the old ones have to go."""
+    try:
+        names = HfApi(token=token or get_token() or False).list_repo_files(repo_id, revision=revision)
+    except HfHubHTTPError:  # not there yet; anything else meets the push itself
+        return set()
+    return {name.rpartition("/")[0] for name in names if name.startswith(f"{place}/")}
+
+
 def _with_base(folder: Path, base: str | None) -> dict[str, bytes]:
     """The files of a stage that name its base, with the name that it has on the Hub."""
     record = read_json(folder / STAGE_FILE)
     named = record["base"]
-    parts = [value for value in named.values() if isinstance(value, str)] if isinstance(named, dict) else [named]
-    local = [part for part in parts if part.startswith((".", "/")) or Path(resolve_base(str(folder), part)).is_dir()]
+    local = local_bases(named, folder)
     if base is None and local:
         raise PushError(
             f"{folder}: the stage {record['stage']!r} stands on a folder of this machine, {local[0]}, which is not on "

@@ -38,6 +38,7 @@ from empathic.tiny.memory_encoder import write_memory_encoder
 from empathic.tiny.vocabulary import build_memory_tokenizer, build_text_tokenizer
 from empathic.trainers import train
 from empathic.trainers.checkpoint import load_model, merge
+from empathic.trainers.model_card import read_record, write_card, write_record
 from empathic.trainers.samples import dialogue_sample
 
 RECIPES = Path(__file__).parent / "recipes" / "tiny"
@@ -346,6 +347,8 @@ def quickstart(output: str = "runs/quickstart") -> dict:
         "seconds": {name: step["seconds"] for name, step in steps.done.items()},
     }
     (root / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_record(root / "model", {**read_record(str(root / "model")), "results": results})
+    write_card(root / "model")
     samples = pick(DialogueSamples(load_dataset(str(root / "data"), split="test"), [ASSISTANT]), TEST_SAMPLES)
     shown = [i for i, sample in enumerate(samples) if recall_words(sample)][:3]
     replies = {arm: [outcome["replies"][i] for i in shown] for arm, outcome in arms.items()}

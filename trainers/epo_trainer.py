@@ -204,7 +204,10 @@ class EPOTrainer(Trainer):
         """The micro-batches of one optimizer step, and what all ranks' steps hold together: (tokens, pairs)."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
-            batches[-1] = self._without_repeats(batches[-1])
+            # Not accelerate's own remainder: a resumed epoch's loader, which skips batches, has none.
+            loader = self.callback_handler.train_dataloader
+            remainder = 0 if self.args.dataloader_drop_last else len(self.train_dataset) % loader.total_batch_size
+            batches[-1] = self._without_repeats(batches[-1], remainder)
         counts = torch.zeros(3, dtype=torch.long, device=device)
         for batch in batches:
             self._note_left_out(batch, "train")
@@ -219,17 +222,17 @@ class EPOTrainer(Trainer):
             raise ValueError(f"Every one of the {len(self.train_dataset)} train pairs was left out; see the warnings.")
         return batches, (tokens, pairs)
 
-    def _without_repeats(self, batch: dict) -> dict:
+    def _without_repeats(self, batch: dict, remainder: int) -> dict:
         """Takes the labels off the rows that accelerate repeats to give every rank a full last batch.
 
         Those are the ones past `remainder`, counted rank by rank, just as in `Accelerator.gather_for_metrics`.
         """
         state = self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or remainder <= 0:
             return batch
         pairs = len(batch["row_ids"])
         position = self.accelerator.process_index * pairs + torch.arange(pairs, device=batch["labels"].device)
-        is_repeat = (position >= state.remainder).repeat(2).unsqueeze(1)  # (2 * pairs, 1)
+        is_repeat = (position >= remainder).repeat(2).unsqueeze(1)  # (2 * pairs, 1)
         return {**batch, "labels": batch["labels"].masked_fill(is_repeat, IGNORE)}
 
     # ---- Evaluation ----
@@ -241,7 +244,7 @@ class EPOTrainer(Trainer):
         return super().get_test_dataloader(_as_pair_rows(test_dataset, "test"))
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._without_repeats(inputs)
+        inputs = self._without_repeats(inputs, self.accelerator.gradient_state.remainder)
         self._note_left_out(inputs, "eval")
         with torch.no_grad(), self.compute_loss_context_manager():
             sums = self._forward(model, inputs)
@@ -312,13 +315,17 @@ class EPOTrainer(Trainer):
 
 
 class _EpochOfRows(TrainerCallback):
-    """Tells the rows which epoch it is, before the epoch's first batch is made."""
+    """Tells the rows, and the sampler, which epoch it is, before the epoch's first batch is made."""
 
     def __init__(self, rows: PairRows):
         self.rows = rows
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.rows.set_epoch(int(state.epoch or 0))
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        epoch = int(state.epoch or 0)
+        self.rows.set_epoch(epoch)
+        # A resumed epoch's loader, which skips batches, does not hand it on to the sampler of several processes.
+        if train_dataloader is not None:
+            train_dataloader.set_epoch(epoch)
 
 
 def _as_pair_rows(rows, name: str):

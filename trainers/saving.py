@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import save_fsdp_optimizer
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
@@ -46,6 +47,13 @@ def whole_tensor(parameter: torch.Tensor, modify: bool = False):
     return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if modify else None)
 
 
+def reshard(model: torch.nn.Module) -> None:
+    """Divides FSDP2's parameters again; an evaluation leaves those outside of the decoder layers whole."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def gather(model: torch.nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
     """
     The named parameters, whole and on the CPU, however the model is sharded. Every rank has to call it.
@@ -53,6 +61,7 @@ def gather(model: torch.nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
     Nothing else is gathered: a stage that trains a million parameters of a model of seven billion needs no memory for
     the rest.
     """
+    reshard(model)
     parameters, tensors = dict(model.named_parameters()), {}
     for name in names:
         parameter = parameters[name]
@@ -67,6 +76,7 @@ def gather(model: torch.nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def scatter(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """Puts whole tensors into the parameters of these names, however the model is sharded. Every rank calls it."""
+    reshard(model)
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
         parameter = parameters[name]
