@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Trainer
 
 from empathic.composition_empathic import ADAPTER_FILE, PARTS_FILE, STAGE_FILE
 from empathic.modeling_empathic import EmpathicForConditionalGeneration
@@ -115,7 +116,12 @@ def kill_at():
     changes = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
 
     def watch(event, args):
-        if state["folder"] is None or event not in changes or not str(args[0]).startswith(state["folder"]):
+        if state["folder"] is None or event not in changes:
+            return
+        path = str(args[0])
+        if event in ("os.remove", "os.rmdir") and args[1] >= 0:  # named within an open folder
+            path = os.path.join(os.readlink(f"/proc/self/fd/{args[1]}"), path)
+        if not path.startswith(state["folder"]):
             return
         if event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR):
             return
@@ -182,16 +188,19 @@ def test_what_is_no_whole_checkpoint_is_named(unbroken, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def resuming(unbroken, recordings, base_folder):
-    """A function: checkpoint -> what resuming from it in another run does, up to where training would start."""
+def trainer(recordings, base_folder, tmp_path_factory):
+    """The trainer of another run of stage emotion, about to start."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train", lambda self, **kwargs: found.append(self) or exit())
+        with pytest.raises(SystemExit):
+            train.main(arguments("emotion", recordings, base_folder, tmp_path_factory.mktemp("other")))
+    return found[0]
 
-    def resume(checkpoint, *more):
-        output = Path(checkpoint).parent / "elsewhere"
-        train.main(
-            arguments("emotion", recordings, base_folder, output, *more, "--resume_from_checkpoint", str(checkpoint))
-        )
 
-    return resume
+def resume(trainer, checkpoint):
+    trainer._check_checkpoint(str(checkpoint))
+    trainer._load_trained(str(checkpoint))
 
 
 def edit_json(file, **changes):
@@ -214,11 +223,19 @@ def edit_json(file, **changes):
         ),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_is_refused(change, message, unbroken, resuming, tmp_path):
+def test_a_checkpoint_that_does_not_fit_is_refused(change, message, unbroken, trainer, tmp_path):
     checkpoint = shutil.copytree(unbroken("emotion") / "checkpoint-2", tmp_path / "checkpoint-2")
+    resume(trainer, checkpoint)
     change(checkpoint)
     with pytest.raises(ValueError, match=message):
-        resuming(checkpoint)
+        resume(trainer, checkpoint)
+
+
+def test_a_run_does_not_start_from_a_checkpoint_of_another_stage(unbroken, recordings, base_folder, tmp_path):
+    checkpoint = str(unbroken("emotion") / "checkpoint-2")
+    options = ["--max_steps", "1", "--resume_from_checkpoint", checkpoint]
+    with pytest.raises(ValueError, match="is of the stage emotion, this run is of the stage memory_single"):
+        train.main(arguments("memory_single", recordings, base_folder, tmp_path, *options))
 
 
 def edit_parts(folder, change, name=PARTS_FILE):

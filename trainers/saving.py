@@ -302,7 +302,7 @@ class StageSaving(HubPushing):
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         if resume_from_checkpoint is not None:
-            self._check_checkpoint(resume_from_checkpoint)
+            self._check_checkpoint(resume_from_checkpoint)  # before anything is spread over the processes
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:
             self._load_trained(resume_from_checkpoint)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
 import yaml
 from datasets import Dataset, load_dataset
 from peft import PeftModel, get_peft_model
@@ -133,7 +134,16 @@ def parse(argv: list[str], *more: type) -> tuple:
         with open(argv[argv.index("--config") + 1], encoding="utf-8") as file:
             stage = yaml.safe_load(file).get("stage")
     config = EPOConfig if stage == "epo" else StageConfig
-    return TrlParser((ScriptArguments, config, ModelConfig, *more)).parse_args_and_config(args=argv)
+    processes = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    if processes > 1 and not torch.accelerator.is_available() and "--use_cpu" not in argv:
+        # The launcher keeps the `use_cpu` of its file to itself, and without it each process would train alone.
+        argv = [*argv, "--use_cpu", "True"]
+    parsed = TrlParser((ScriptArguments, config, ModelConfig, *more)).parse_args_and_config(args=argv)
+    if processes != 1 and parsed[1].world_size != processes:
+        raise RuntimeError(
+            f"{processes} processes were started, but each sees {parsed[1].world_size}. Add --use_cpu True."
+        )
+    return parsed
 
 
 def part_names(script: ScriptArguments) -> dict[str, str]:

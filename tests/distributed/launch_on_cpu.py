@@ -3,9 +3,9 @@ What `accelerate launch` starts in the tests: training runs, one after the other
 
     accelerate launch --config_file FILE tests/distributed/launch_on_cpu.py JOBS.json
 
-JOBS.json: `{"type": what accelerate calls the strategy, "processes": 2, "runs": [the stage script's arguments, ...]}`.
-FSDP and ZeRO-3 are made to shard there too, which on a CPU they would not do by themselves, and it is checked that they
-do. A run may name `"patch"`, a file whose `prepare(trainer)` changes the trainer before it starts.
+JOBS.json: `{"type": what accelerate calls the strategy, "processes": 2, "runs": [{"arguments": those of the stage
+script, "patch": null or a file whose `prepare(trainer)` changes the trainer before it starts}, ...]}`. FSDP and ZeRO-3
+are made to shard there too, which on a CPU they would not do by themselves, and it is checked that they do.
 """
 
 import json
@@ -86,20 +86,21 @@ def main(path: str) -> None:
         def on_step_end(self, args, state, control, **kwargs):
             check_sharding(trainers[-1])
 
-    trainers, start = [], Trainer.train
+    trainers, patches, start = [], [], Trainer.train
 
     def checked_train(self, *args, **kwargs):
         check_strategy(self, jobs)
         trainers.append(self)
         self.add_callback(Check())
-        if jobs.get("patch"):
-            runpy.run_path(jobs["patch"])["prepare"](self)
+        if patches[-1] is not None:
+            runpy.run_path(patches[-1])["prepare"](self)
         return start(self, *args, **kwargs)
 
     Trainer.train = checked_train
-    for arguments in jobs["runs"]:
-        print("RUN", " ".join(arguments), flush=True)
-        train.main([*arguments, "--use_cpu", "True"])
+    for run in jobs["runs"]:
+        print("RUN", *run["arguments"], flush=True)
+        patches.append(run["patch"])
+        train.main(run["arguments"])
         trainers.clear()
 
 
