@@ -196,7 +196,8 @@ def test_on_the_hub_the_card_names_its_id_and_yields_to_one_changed_there(hub, b
     assert HERE in (folder / "README.md").read_text()
     write_record(folder, {"runs": RUNS[:1]})
     push_model(folder, "me/chatbot")
-    assert b"`epo`" not in hub.files("me/chatbot")["README.md"]  # written anew from the record
+    assert b"- `epo`: " in there["README.md"]
+    assert b"- `epo`: " not in hub.files("me/chatbot")["README.md"]  # written anew from the record
     HfApi().upload_file(path_or_fileobj=b"# Mine, there\n", path_in_repo="README.md", repo_id="me/chatbot")
     push_model(folder, "me/chatbot")
     assert hub.files("me/chatbot")["README.md"] == b"# Mine, there\n"
