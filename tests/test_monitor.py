@@ -238,6 +238,19 @@ def test_trackio_has_scalars_and_replies(data, base_folder, tmp_path, monkeypatc
     assert tables and [sample for table in tables for sample in table] == shown
 
 
+def test_wandb_has_replies(data, base_folder, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    train.main(options("memory_multi", data, base_folder, tmp_path, "--report_to", "wandb", *EVALUATE))
+    tables = sorted(tmp_path.glob("wandb/offline-run-*/files/media/table/samples_*.table.json"))
+    shown = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    logged = []
+    for table in map(json.loads, (path.read_text() for path in tables)):
+        logged += [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert shown and sorted(logged, key=str) == sorted(shown, key=str)
+
+
 def test_wandb_gets_a_table(monkeypatch):
     logged = []
     wandb = ModuleType("wandb")

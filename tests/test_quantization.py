@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import TrainingArguments
 from trl import ModelConfig
 
 from empathic.composition_empathic import read_stage
@@ -34,6 +35,18 @@ def test_what_is_not_supported_is_refused():
         quantization.quantization_config(ModelConfig(load_in_8bit=True))
     with pytest.raises(ValueError, match="name it"):
         quantization.quantization_config(ModelConfig(load_in_4bit=True, dtype="auto"))
+
+
+def test_strategies_that_divide_the_weights_are_refused(tmp_path, monkeypatch):
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    quantization.check_not_sharded(args)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"does not go with FSDP.*zero2\.yaml"):
+        quantization.check_not_sharded(args)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    monkeypatch.setattr(quantization, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="does not go with ZeRO-3"):
+        quantization.check_not_sharded(args)
 
 
 @needs_bitsandbytes

@@ -205,7 +205,7 @@ def model_card(
         base_model=list(dict.fromkeys(bases)) or None,
         base_model_relation=None if not bases else "adapter" if kind == "adapter" else "finetune",
         datasets=sorted(set(ids)) or None,
-        model_name=model_id.rpartition("/")[2],
+        model_name="empathic" if model_id == HERE else model_id.rpartition("/")[2],
         eval_results=evaluations or None,
     )
     text = f"---\n{data.to_yaml().rstrip()}\n---\n\n{_text(runs, model_id, kind, base, parts, evaluations)}"

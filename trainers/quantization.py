@@ -6,11 +6,14 @@ towers, Q-formers, projectors, the memory, the token table and the head keep the
 a stage leaves: they hold the adapter alone and name the base as it is, in full precision.
 """
 
+import os
+
 import torch
 from accelerate import PartialState
 from peft import PeftModel
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, get_quantization_config
 
@@ -40,6 +43,16 @@ def quantization_config(model_args: ModelConfig) -> BitsAndBytesConfig | None:
             "Without it leave load_in_4bit out."
         )
     return get_quantization_config(model_args)
+
+
+def check_not_sharded(args: TrainingArguments) -> None:
+    """Raises a ValueError under ZeRO-3 and FSDP, which would cut a layer's blocks of 4-bit numbers into pieces."""
+    fsdp = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if fsdp or is_deepspeed_zero3_enabled():
+        raise ValueError(
+            f"load_in_4bit does not go with {'FSDP' if fsdp else 'ZeRO-3'}, which divides the frozen weights over the "
+            "processes. Start with accelerate_configs/multi_gpu.yaml or zero2.yaml, or leave load_in_4bit out."
+        )
 
 
 def _quantised_linear(layer: nn.Linear, config: BitsAndBytesConfig, device: torch.device) -> nn.Module:

@@ -33,7 +33,12 @@ from empathic.trainers.feature_cache import FeatureCache, describe
 from empathic.trainers.model_card import new_run, read_record
 from empathic.trainers.monitor import Monitored
 from empathic.trainers.preference_collator import PreferenceCollator
-from empathic.trainers.quantization import load_quantized_model, quantization_config, quantize_language_model
+from empathic.trainers.quantization import (
+    check_not_sharded,
+    load_quantized_model,
+    quantization_config,
+    quantize_language_model,
+)
 from empathic.trainers.samples import (
     SampleStream,
     StageCollator,
@@ -340,6 +345,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     script, args, model_args = parse(sys.argv[1:] if argv is None else argv)
     if script.dry_run:
         leave_no_trace(args)
+    if model_args.load_in_4bit:
+        check_not_sharded(args)
     set_seed(args.seed)
     with whole_weights(args):
         model, processor, base = build_model(script, model_args)

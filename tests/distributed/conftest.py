@@ -17,11 +17,11 @@ TYPES = {"cpu": "MULTI_CPU", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "fsdp2"
 def start(tmp_path_factory):
     """
     A function (strategy, runs) that starts training runs, as `launch_on_cpu.py` takes them, under one of the
-    repository's accelerate files, on two processes of the CPU. AssertionError, with what they printed, if they fail,
-    or with `succeeds=False` if they do not.
+    repository's accelerate files, on two processes of the CPU, with more `environment`. AssertionError, with what they
+    printed, if they fail, or with `succeeds=False` if they do not.
     """
 
-    def launch(strategy, runs, succeeds=True, processes=2, timeout=600):
+    def launch(strategy, runs, succeeds=True, processes=2, timeout=600, environment=None):
         folder = tmp_path_factory.mktemp("launch")
         config = yaml.safe_load((ROOT / "accelerate_configs" / f"{strategy}.yaml").read_text(encoding="utf-8"))
         config |= {"num_processes": processes, "mixed_precision": "no", "use_cpu": TYPES[strategy] != "DEEPSPEED"}
@@ -33,7 +33,7 @@ def start(tmp_path_factory):
         done = subprocess.run(
             [*command, str(folder / "jobs.json")],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(environment or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from huggingface_hub import HfApi
+from peft import PeftModel
+from safetensors.torch import load, load_file
 from transformers import Trainer
 
-from empathic.composition_empathic import PARTS_FILE
+from empathic.composition_empathic import ADAPTER_CONFIG, PARTS_FILE
+from empathic.hub_model import push_model
 from empathic.modeling_empathic import EmpathicForConditionalGeneration
 from empathic.processing_empathic import EmpathicProcessor
 from empathic.trainers import train
+from empathic.trainers.checkpoint import load_model
 from empathic.trainers.saving import ADAPTER_FILE
 from empathic.trainers.stages import STAGES
 
@@ -175,3 +179,24 @@ def test_resumed_is_as_unbroken(runs, stage):
     assert torch.equal(unbroken, resumed) or torch.allclose(unbroken, resumed, rtol=1e-6), (unbroken, resumed)
     for name, tensor in trained(runs / "unbroken" / stage).items():
         assert torch.allclose(tensor, trained(runs / "resumed" / stage)[name], atol=1e-6), name
+
+
+def test_stage_epo_is_pushed_by_two_processes(hub, base_folder, recordings, start, tmp_path):
+    push_model(base_folder, "me/base")
+    train.main([*arguments("dialogue", recordings, base_folder, tmp_path / "dialogue", 4), "--max_steps", "1"])
+    options = ["--push_to_hub", "True", "--hub_model_id", "me/epo", "--hub_base", "me/base"]
+    options += ["--hub_always_push", "True"]
+    epo = arguments("epo", recordings, tmp_path / "dialogue", tmp_path / "epo", 2, *options)
+    start("fsdp2", [job(epo)], environment={"HF_HUB_OFFLINE": "0"})
+
+    there = hub.files("me/epo")
+    assert hub.repositories["model", "me/epo"].private
+    titles = [commit.title for commit in hub.repositories["model", "me/epo"].history("main")]
+    assert len(titles) == len(set(titles)) and len(titles) >= 3, titles  # the first, a checkpoint, the end; no twins
+    assert {ADAPTER_CONFIG, ADAPTER_FILE, "README.md"} <= set(there)
+    ours = load_file(tmp_path / "epo" / ADAPTER_FILE)
+    pushed = load(there[ADAPTER_FILE])
+    assert pushed.keys() == ours.keys() and all(pushed[name].equal(tensor) for name, tensor in ours.items())
+    assert "2 processes" in there["README.md"].decode()
+    HfApi().snapshot_download("me/epo", local_dir=tmp_path / "elsewhere")
+    assert isinstance(load_model(str(tmp_path / "elsewhere")), PeftModel)
