@@ -1,15 +1,23 @@
 """Conversations with memory, from Python and in a real terminal process."""
 
+import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
+from transformers import GenerationConfig, LogitsProcessor, TextStreamer
 
 from empathic.chat import ChatSession
 from empathic.media_empathic import MediaError
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
+SAMPLED = {"do_sample": True, "max_new_tokens": 6}
+TURNS = ["hello there", "how are you", "what did he say", "i am fine thanks"]
 
 
 @pytest.fixture
@@ -17,64 +25,490 @@ def session(model, processor):
     return ChatSession(model.eval(), processor)
 
 
-def test_replies_are_those_of_the_whole_history_at_once(session, model, processor, clip):
-    turns = ["hello there", "how are you", "what did he say"]
-    for turn in turns:
-        session.reply(turn, video=clip, **GREEDY)
-    expected = []
-    for k in range(len(turns)):
-        content = [{"type": "video", "path": clip}, {"type": "text", "text": turns[k]}]
-        messages = [*session.messages[: 2 * k], {"role": "user", "content": content}]
-        inputs = processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
-        assert ("memory_input_ids" in inputs) == (k > 0)
-        output = model.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :]
-        expected.append(processor.decode(output, skip_special_tokens=True).strip())
-    assert [message["content"] for message in session.messages[1::2]] == expected
-    assert len(session.vectors) == 2 * len(turns)
+@pytest.fixture
+def calls(model, monkeypatch):
+    """A list of what `model.generate` is called with and, beside it, the first token's scores."""
+    calls, generate = [], model.generate
+
+    class First(LogitsProcessor):
+        def __init__(self, call):
+            self.call = call
+
+        def __call__(self, input_ids, scores):
+            self.call.setdefault("first", scores[:1].clone())
+            return scores
+
+    def spy(**kwargs):
+        calls.append(dict(kwargs))
+        extra = [*kwargs.pop("logits_processor", []), First(calls[-1])]
+        return generate(logits_processor=extra, **kwargs)
+
+    monkeypatch.setattr(model, "generate", spy)
+    return calls
 
 
-def test_an_error_leaves_the_session_as_it_was(session, tmp_path):
+def whole(processor, messages, turn, **options):
+    """The processor's inputs for a whole conversation."""
+    return processor.apply_chat_template(
+        [*messages, turn], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **options
+    )
+
+
+def answer(model, processor, inputs, **kwargs):
+    output = model.generate(**inputs, **kwargs)
+    output = output if isinstance(output, torch.Tensor) else output.sequences
+    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def user(text, **clips):
+    content = [{"type": kind, "path": clip} for kind, clip in clips.items()]
+    return {"role": "user", "content": [*content, *([{"type": "text", "text": text}] if text else [])]}
+
+
+def talk(turns):
+    """A history of some turns."""
+    return [{"role": ("user", "assistant")[i % 2], "content": TURNS[i % 4]} for i in range(2 * turns)]
+
+
+def snapshot(session):
+    """All that a session holds, copied."""
+    prefix = session._memory.prefix
+    kept = [] if prefix is None else [t.clone() for layer in prefix.cache.layers for t in (layer.keys, layer.values)]
+    tensors = [session.vectors, *session.state.state_dict().values(), *kept]
+    return list(session.messages), session.last_turn, [tensor.clone() for tensor in tensors]
+
+
+def assert_unchanged(session, before):
+    messages, cost, tensors = snapshot(session)
+    assert (messages, cost) == before[:2] and len(tensors) == len(before[2])
+    assert all(torch.equal(one, other) for one, other in zip(tensors, before[2], strict=True))
+    assert [thread for thread in threading.enumerate() if thread.name == "reply"] == []
+
+
+# ------------------------------------------------------------------------------------------ replies, with less work
+
+
+@pytest.mark.parametrize("kwargs", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("system", [None, "the old dog"])
+def test_prompts_and_replies_are_those_of_the_whole_conversation(model, processor, clip, calls, kwargs, system):
+    session = ChatSession(model.eval(), processor, system=system)
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    clips = [{}, {"video": clip}, {"audio": clip, "video": clip}, {"audio": clip}, {}]
+    for k, (text, media) in enumerate(zip([*TURNS[:3], "", "fine"], clips, strict=True)):
+        before = list(session.messages)
+        torch.manual_seed(k)
+        reply = session.reply(text, **media, **kwargs)
+        inputs = whole(processor, [*opening, *before], user(text, **media))
+        torch.manual_seed(k)
+        assert reply == answer(model, processor, inputs, **kwargs)
+        own, other = calls[-2:]
+        assert torch.equal(own["input_ids"], inputs["input_ids"])
+        assert torch.equal(own["attention_mask"], inputs["attention_mask"])
+        assert torch.allclose(own["first"], other["first"], atol=1e-4)
+        assert session.last_turn.memory_vectors == 2 * k
+        assert session.messages == [*before, {"role": "user", "content": text}, {"role": "assistant", "content": reply}]
+        # no more is new than the two newest vectors and what comes after them
+        length = inputs["input_ids"].shape[1]
+        tail = length - 1 - max(torch.where(inputs["input_ids"][0] == model.config.memory_token_id)[0], default=-1)
+        assert session.last_turn.new_positions <= (tail + 2 if k > 1 else length)
+        assert session.last_turn.new_positions + session.last_turn.reused_positions == length
+    # Negative control: the memory weighs in the scores.
+    inputs = whole(processor, opening, user("fine"))
+    answer(model, processor, inputs, **GREEDY)
+    assert not torch.allclose(calls[-1]["first"], own["first"], atol=1e-2)
+
+
+def test_a_session_equals_a_fresh_one_with_the_same_history(model, processor, session, calls):
+    for text in TURNS:
+        session.reply(text, **GREEDY)
+    fresh = ChatSession(model, processor)
+    fresh.remember(*session.messages)
+    assert fresh.last_turn is None
+    assert torch.allclose(fresh.vectors, session.vectors, atol=1e-5)
+    assert fresh.reply("hello", **GREEDY) == session.reply("hello", **GREEDY)
+    assert torch.allclose(calls[-1]["first"], calls[-2]["first"], atol=1e-4)
+    assert torch.equal(calls[-1]["input_ids"], calls[-2]["input_ids"])
+    costs = fresh.last_turn, session.last_turn
+    assert costs[0].reused_positions == 0 < costs[1].reused_positions
+    assert costs[0].memory_vectors == costs[1].memory_vectors == 8
+    assert 0 < costs[1].prefill_seconds < costs[1].seconds
+
+
+def test_a_turn_costs_the_same_early_and_late(model, processor, session):
+    """Counted, not timed: the LLM's positions, and the Python functions called."""
+    positions, python_calls = [], 0
+
+    def count(module, args, kwargs):
+        positions.append(kwargs["inputs_embeds"].shape[1])
+
+    def profile(frame, event, argument):
+        nonlocal python_calls
+        python_calls += event == "call"
+
+    model.model.language_model.register_forward_pre_hook(count, with_kwargs=True)
+    seen = {}
+    for turns in (3, 100):
+        session.remember(*talk(turns - len(session.messages) // 2))
+        for _ in range(2):  # the first of them takes in what was remembered
+            positions.clear()
+            python_calls = 0
+            sys.setprofile(profile)
+            session.reply("how are you", **GREEDY, min_new_tokens=6)
+            sys.setprofile(None)
+        cost = session.last_turn
+        assert positions == [cost.new_positions] + [1] * 5
+        seen[turns] = cost.new_positions, python_calls, sum(t.numel() for t in session.state.state_dict().values())
+    assert seen[3][0] == seen[100][0] and seen[3][2] == seen[100][2]
+    assert seen[100][1] <= 1.05 * seen[3][1]
+    assert session.last_turn.memory_vectors > 200
+
+
+def test_the_history_as_text_is_counted(processor, session):
+    said = [*talk(2), {"role": "user", "name": "clara", "content": "hello <|im_end|> there"}, talk(1)[1]]
+    session.remember(*said)
+    session.reply("how are you", **GREEDY)
+    session.reply("what did he say", **GREEDY)
+    turn = user("what did he say")
+    lengths = [
+        whole(processor, history, turn, history="text")["input_ids"].shape[1] for history in (session.messages[:-2], [])
+    ]
+    assert session.last_turn.history_text_tokens == lengths[0] - lengths[1] > 30
+
+
+COUNTING = (
+    "{% if num_memories %}{{ num_memories }} old: {{ memory_placeholder * num_memories }} {% endif %}{{ sentence }}"
+)
+SHOWING = "{{ messages[-2].content if messages|length > 1 }}{{ memory_placeholder * num_memories }} {{ sentence }}"
+
+
+@pytest.mark.parametrize("template", [COUNTING, SHOWING])
+def test_a_template_that_shows_more_of_the_history(model, base_folder, calls, template):
+    from empathic.processing_empathic import EmpathicProcessor
+
+    processor = EmpathicProcessor.from_pretrained(base_folder)
+    processor.chat_template = {**processor.chat_template, "default": template}
+    session = ChatSession(model.eval(), processor)
+    for text in TURNS:
+        before = list(session.messages)
+        reply = session.reply(text, **GREEDY)
+        inputs = whole(processor, before, user(text))
+        assert torch.equal(calls[-1]["input_ids"], inputs["input_ids"])
+        assert reply == answer(model, processor, inputs, **GREEDY)
+
+
+def test_a_template_that_has_the_clip_first(model, base_folder, calls):
+    """The same placeholders at the same places, but of another clip: its keys and values cannot be kept."""
+    from empathic.processing_empathic import EmpathicProcessor
+
+    processor = EmpathicProcessor.from_pretrained(base_folder)
+    template = "{{ audio_placeholder }}{{ memory_placeholder * num_memories }} {{ sentence }}"
+    processor.chat_template = {**processor.chat_template, "default": template}
+    session = ChatSession(model.eval(), processor)
+    for k, text in enumerate(TURNS):
+        audio = {"audio": torch.randn(8000, generator=torch.Generator().manual_seed(k)).numpy(), "sampling_rate": 16000}
+        turn = {"role": "user", "content": [{"type": "audio", **audio}, {"type": "text", "text": text}]}
+        inputs = whole(processor, session.messages, turn)
+        expected = answer(model, processor, inputs, **GREEDY)
+        assert session.reply(text, audio=audio, **GREEDY) == expected
+        assert torch.allclose(calls[-1]["first"], calls[-2]["first"], atol=1e-4)
+        assert session.last_turn.reused_positions == 0
+
+
+class Streamed(TextStreamer):
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.text = ""
+
+    def on_finalized_text(self, text, stream_end=False):
+        self.text += text
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "reuses"),
+    [
+        ({**GREEDY, "num_beams": 3}, False),
+        ({**GREEDY, "num_beams": 3, "num_return_sequences": 2}, False),
+        ({**SAMPLED, "num_return_sequences": 2}, False),
+        ({**GREEDY, "use_cache": False}, False),
+        ({**GREEDY, "cache_implementation": "static"}, False),
+        ({**GREEDY, "prompt_lookup_num_tokens": 2}, False),
+        ({"generation_config": GenerationConfig(num_beams=2, max_new_tokens=4)}, False),
+        ({**GREEDY, "return_dict_in_generate": True}, True),
+        ({**GREEDY, "repetition_penalty": 5.0}, True),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
+)
+def test_arguments_of_generate(model, processor, session, kwargs, reuses):
+    session.remember(*talk(2))
+    session.reply("hello", **GREEDY)
+    for method in (session.reply, lambda *args, **kw: "".join(session.stream(*args, **kw))):
+        inputs = whole(processor, session.messages, user("what did he say"))
+        torch.manual_seed(0)
+        expected = answer(model, processor, inputs, **kwargs)
+        torch.manual_seed(0)
+        assert method("what did he say", **kwargs) == expected
+        assert (session.last_turn.reused_positions > 0) == reuses
+    inputs = whole(processor, session.messages, user("how are you"))
+    assert session.reply("how are you", **GREEDY) == answer(model, processor, inputs, **GREEDY)
+    assert session.last_turn.reused_positions > 0  # the prefix outlived them
+
+
+def test_a_language_model_with_sliding_windows(base_folder, processor):
+    from empathic.configuration_empathic import EmpathicConfig
+    from empathic.modeling_empathic import EmpathicForConditionalGeneration
+
+    config = EmpathicConfig.from_pretrained(base_folder)
+    config.text_config.sliding_window = 16
+    config.text_config.layer_types = ["sliding_attention"] * config.text_config.num_hidden_layers
+    model = EmpathicForConditionalGeneration.from_pretrained(base_folder, config=config).eval()
+    session = ChatSession(model, processor)
+    for text in TURNS:
+        inputs = whole(processor, session.messages, user(text))
+        assert session.reply(text, **GREEDY) == answer(model, processor, inputs, **GREEDY)
+        assert session.last_turn.reused_positions == 0
+
+
+def test_a_turn_inside_inference_mode_or_autocast_and_one_outside(model, processor, session):
+    with torch.inference_mode():
+        session.reply("hello there", **GREEDY)
+        assert "".join(session.stream("how are you", **GREEDY)) == session.messages[-1]["content"]
+    inputs = whole(processor, session.messages, user("fine"))
+    assert session.reply("fine", **GREEDY) == answer(model, processor, inputs, **GREEDY)
+    types = []
+    model.lm_head.register_forward_hook(lambda module, args, output: types.append(output.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        list(session.stream("hello", **GREEDY))
+    assert set(types) == {torch.bfloat16}
+
+
+# ------------------------------------------------------------------------------------------------- pieces of a reply
+
+
+@pytest.mark.parametrize("kwargs", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_pieces_are_the_reply_and_the_turn_is_remembered(model, processor, session, kwargs):
+    streamed = ChatSession(model, processor)
+    for k, text in enumerate(TURNS):
+        torch.manual_seed(k)
+        reply = session.reply(text, **kwargs)
+        torch.manual_seed(k)
+        own = Streamed(processor.tokenizer)
+        pieces = list(streamed.stream(text, **kwargs, streamer=own))
+        assert "".join(pieces) == reply == own.text.strip()
+        assert len(pieces) > 1 and all(pieces)
+    assert streamed.messages == session.messages
+    assert torch.equal(streamed.vectors, session.vectors)
+    same = ("new_positions", "reused_positions", "memory_vectors", "history_text_tokens")
+    assert all(getattr(streamed.last_turn, name) == getattr(session.last_turn, name) for name in same)
+
+
+class Dictated(LogitsProcessor):
+    """Writes the given tokens, then the end; `act` is called before the token number `at`."""
+
+    def __init__(self, tokens=None, at=None, act=None):
+        self.tokens, self.at, self.act, self.written = tokens, at, act, 0
+
+    def __call__(self, input_ids, scores):
+        if self.written == self.at:
+            self.act()
+        if self.tokens is not None:
+            scores = torch.full_like(scores, -torch.inf)
+            scores[:, self.tokens[self.written]] = 0
+        self.written += 1
+        return scores
+
+
+@pytest.mark.parametrize("text", ["  h\u00e9llo  \U0001f600 \u65e5\u672c\u8a9e there \n you  ", "\U0001f600", "", " "])
+@pytest.mark.parametrize("cut", [0, 1])
+def test_pieces_hold_whole_characters(processor, session, text, cut):
+    tokens = processor.encode_plain(text)
+    tokens = [*(tokens[:-cut] if cut else tokens), processor.tokenizer.eos_token_id]
+    assert text.isspace() or not text or len(tokens) > 3  # several tokens a character
+    written = processor.decode(tokens, skip_special_tokens=True).strip()
+    pieces = list(session.stream("hello", max_new_tokens=99, logits_processor=[Dictated(tokens)]))
+    assert "".join(pieces) == written == session.messages[-1]["content"]
+    if not cut:
+        assert "\ufffd" not in "".join(pieces) and written == text.strip()
+    assert all("\ufffd" not in piece for piece in pieces[:-1])
+
+
+def test_the_first_piece_comes_before_the_reply_is_done(model, session):
+    """The generation waits at its fourth token until the first piece is here."""
+    here = threading.Event()
+    forced = Dictated(at=3, act=lambda: here.wait(20) or pytest.fail("no piece came"))
+    pieces = session.stream("hello", **GREEDY, min_new_tokens=6, logits_processor=[forced])
+    assert next(pieces)
+    here.set()
+    assert list(pieces)
+
+
+def test_a_closed_stream_leaves_the_session_as_it_was(model, processor, session, clip):
     session.reply("hello there", **GREEDY)
-    before = (list(session.messages), session.vectors.clone(), session.state.state_dict())
+    session.reply("how are you", video=clip, **GREEDY)
+    before, steps = snapshot(session), []
+    model.lm_head.register_forward_hook(lambda *call: steps.append(1))
+    endless = {"do_sample": False, "max_new_tokens": 400, "min_new_tokens": 400}
+    pieces = session.stream("what did he say", audio=clip, **endless)
+    assert next(pieces)
+    pieces.close()
+    assert 0 < len(steps) < 300  # it was stopped, not waited for
+    assert_unchanged(session, before)
+    for _ in session.stream("what did he say", **endless):
+        break  # dropped
+    assert_unchanged(session, before)
+    session.stream("never started")
+    assert_unchanged(session, before)
+    inputs = whole(processor, session.messages, user("fine"))
+    assert session.reply("fine", **GREEDY) == answer(model, processor, inputs, **GREEDY)
+    assert session.last_turn.reused_positions > 0
+
+
+def test_one_turn_at_a_time(session):
+    session.reply("hello there", **GREEDY)
+    pieces = session.stream("how are you", **GREEDY, min_new_tokens=6)
+    next(pieces)
+    for other in (
+        lambda: session.reply("fine"),
+        lambda: list(session.stream("fine")),
+        lambda: session.remember(*talk(1)),
+    ):
+        with pytest.raises(RuntimeError, match="in the middle of a reply"):
+            other()
+    list(pieces)
+    assert len(session.messages) == 4 and session.reply("fine", **GREEDY)
+
+
+def fail(error):
+    raise error
+
+
+@pytest.mark.parametrize("error", [KeyError("a bad day"), KeyboardInterrupt()], ids=["exception", "interrupt"])
+@pytest.mark.parametrize("at", [0, 3])
+def test_an_error_in_generation_leaves_the_session_as_it_was(model, processor, session, error, at):
+    session.remember(*talk(3))
+    session.reply("hello there", **GREEDY)
+    before = snapshot(session)
+    for method in (session.reply, lambda *args, **kw: list(session.stream(*args, **kw))):
+        forced = Dictated(at=at, act=lambda: fail(error))
+        with pytest.raises(type(error)):
+            method("how are you", **GREEDY, min_new_tokens=6, logits_processor=[forced])
+        assert_unchanged(session, before)
+    # in the middle of a layer, when the cache of the first one has grown and that of the second has not
+    layer = model.model.language_model.layers[1]
+    hook = layer.register_forward_pre_hook(lambda *call: fail(error))
+    with pytest.raises(type(error)):
+        session.reply("how are you", **GREEDY)
+    hook.remove()
+    assert_unchanged(session, before)
+    inputs = whole(processor, session.messages, user("fine"))
+    assert session.reply("fine", **GREEDY) == answer(model, processor, inputs, **GREEDY)
+    assert session.last_turn.reused_positions > 0
+
+
+def test_an_interrupt_while_a_stream_is_read(session):
+    """A real signal, which reaches the thread that reads and not the one that writes."""
+    session.reply("hello there", **GREEDY)
+    before = snapshot(session)
+    forced = Dictated(at=3, act=lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        for _ in session.stream("how are you", max_new_tokens=400, min_new_tokens=400, logits_processor=[forced]):
+            pass
+    assert forced.written < 300
+    assert_unchanged(session, before)
+    assert session.reply("fine", **GREEDY)
+
+
+def test_an_error_in_remembering_leaves_the_session_as_it_was(model, session, monkeypatch):
+    session.reply("hello there", **GREEDY)
+    before = snapshot(session)
+    hook = model.model.memory.projector.register_forward_hook(lambda *call: fail(KeyError("a bad day")))
+    with pytest.raises(KeyError):
+        session.reply("how are you", **GREEDY)
+    hook.remove()
+    assert_unchanged(session, before)
+    for wrong in ({"role": "system", "content": "a"}, {"role": "user", "content": None}, {"content": "a"}):
+        with pytest.raises(ValueError, match="cannot be remembered"):
+            session.remember(*talk(1), wrong)
+    assert_unchanged(session, before)
+    session.remember()
+    assert_unchanged(session, before)
+
+
+def test_a_bad_clip_leaves_the_session_as_it_was(session, tmp_path):
+    session.reply("hello there", **GREEDY)
+    before = snapshot(session)
     empty = tmp_path / "empty.mp4"
     empty.write_bytes(b"")
-    with pytest.raises(MediaError, match=r"empty\.mp4"):
-        session.reply("how are you", video=str(empty), **GREEDY)
-    with pytest.raises(ValueError, match="last message is empty"):
-        session.reply("")
-    assert session.messages == before[0] and torch.equal(session.vectors, before[1])
-    for name, tensor in session.state.state_dict().items():
-        assert torch.equal(tensor, before[2][name])
+    for method in (session.reply, lambda *args, **kw: list(session.stream(*args, **kw))):
+        with pytest.raises(MediaError, match=r"empty\.mp4"):
+            method("how are you", video=str(empty), **GREEDY)
+        with pytest.raises(ValueError, match="last message is empty"):
+            method("")
+        assert_unchanged(session, before)
 
 
-def test_save_and_load_go_on_alike(session, model, processor, tmp_path):
+# ------------------------------------------------------------------------------------------------ names, limits, files
+
+
+def test_names_are_remembered(model, processor, session):
+    session.remember({"role": "user", "name": "clara", "content": "hello there"})
+    ids = torch.tensor([processor.encode_utterance("clara", "hello there")])
+    assert torch.equal(session.vectors, model.get_memory_features(ids))
+    assert session.messages == [{"role": "user", "name": "clara", "content": "hello there"}]
+    inputs = whole(processor, session.messages, user("fine"))
+    assert session.reply("fine", **GREEDY) == answer(model, processor, inputs, **GREEDY)
+
+
+@pytest.mark.parametrize("limit", [1, 5, 16])
+def test_a_limit_on_memory_vectors(model, processor, calls, limit):
+    session, block = ChatSession(model.eval(), processor, max_memories=limit), max(1, limit // 4)
+    unlimited, rebuilt = ChatSession(model, processor), 0
+    for k in range(max(4, limit)):
+        before = list(session.messages)
+        reply = session.reply(TURNS[k % 4], **GREEDY)
+        cost = session.last_turn
+        assert min(len(before), limit - block + 1) <= cost.memory_vectors <= limit
+        assert (calls[-1]["input_ids"] == model.config.memory_token_id).sum() == cost.memory_vectors
+        first = calls[-1]["input_ids"][0].tolist().index(model.config.memory_token_id) if before else 0
+        rebuilt += cost.memory_vectors > 2 and cost.reused_positions == first
+        fresh = ChatSession(model, processor, max_memories=limit)
+        fresh.remember(*before)
+        assert fresh.reply(TURNS[k % 4], **GREEDY) == reply
+        assert torch.allclose(calls[-1]["first"], calls[-2]["first"], atol=1e-4)
+        unlimited.remember(*session.messages[-2:])
+        # the newest vectors of a memory that has read everything
+        assert torch.allclose(session.vectors, unlimited.vectors[-len(session.vectors) :], atol=1e-5)
+    assert len(session.messages) == 2 * max(4, limit)
+    if limit == 16:
+        assert rebuilt == 4  # of the seven turns at the limit
+    with pytest.raises(ValueError, match="max_memories is 0"):
+        ChatSession(model, processor, max_memories=0)
+
+
+def test_save_and_load_go_on_alike(model, processor, tmp_path, calls):
+    session = ChatSession(model.eval(), processor, system="the old dog", max_memories=5)
+    session.remember(*talk(3), {"role": "user", "name": "clara", "content": "fine"})
     session.reply("hello there", **GREEDY)
     session.save(str(tmp_path / "conversation"))
     loaded = ChatSession.load(str(tmp_path / "conversation"), model, processor)
     assert loaded.messages == session.messages
-    assert loaded.reply("how are you", **GREEDY) == session.reply("how are you", **GREEDY)
-    assert torch.equal(loaded.vectors, session.vectors)
+    for text in TURNS:
+        assert loaded.reply(text, **GREEDY) == session.reply(text, **GREEDY)
+        assert torch.equal(calls[-1]["input_ids"], calls[-2]["input_ids"])
+        assert torch.equal(loaded.vectors, session.vectors)
+        assert loaded.last_turn.history_text_tokens == session.last_turn.history_text_tokens
+    assert loaded.last_turn.reused_positions == session.last_turn.reused_positions > 0
+    ChatSession(model, processor).save(str(tmp_path / "empty"))
+    assert ChatSession.load(str(tmp_path / "empty"), model, processor).reply("hello", **GREEDY)
 
 
-def test_a_system_prompt_replaces_the_default(model, processor):
-    session = ChatSession(model, processor, system="the old dog")
-    seen = []
-    original = processor.apply_chat_template
-    processor.apply_chat_template = lambda messages, **kwargs: seen.append(messages) or original(messages, **kwargs)
-    try:
-        session.reply("hello", **GREEDY)
-    finally:
-        del processor.apply_chat_template
-    assert seen[0][0] == {"role": "system", "content": "the old dog"}
+# --------------------------------------------------------------------------------------------------- in the terminal
 
 
 def test_talking_in_the_terminal(base_folder, clip, tmp_path):
     saved = tmp_path / "conversation"
     lines = ["hello there", f"/clip {clip}", "how are you", "/audio nowhere.wav", "/hum", f"/save {saved}", "/new"]
     run = subprocess.run(
-        [sys.executable, "-m", "empathic.cli", "chat", base_folder, "--max_new_tokens", "4"],
+        [sys.executable, "-m", "empathic.cli", "chat", base_folder, "--max_new_tokens", "4", "--max_memories", "2"],
         input="\n".join([*lines, f"/load {saved}", "fine thanks", "/quit"]),
         capture_output=True,
         text=True,
@@ -85,3 +519,29 @@ def test_talking_in_the_terminal(base_folder, clip, tmp_path):
     assert run.stdout.count("bot: ") == 3
     assert "There is no file 'nowhere.wav'" in run.stdout and "There is no command /hum" in run.stdout
     assert saved.exists()
+
+
+def test_control_c_stops_a_reply_and_keeps_the_session(base_folder, processor, model, tmp_path):
+    folder = shutil.copytree(base_folder, tmp_path / "talkative")
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**config, "min_new_tokens": 900}))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "empathic.cli", "chat", str(folder), "--max_new_tokens", "900"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=tmp_path,
+    )
+    try:
+        process.stdin.write("hello there\n")
+        process.stdin.flush()
+        said = ""
+        while not said.partition("bot: ")[2].strip():  # its first word, while the others are being written
+            said += process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        rest, _ = process.communicate("/save conversation\n/quit\n", timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0 and "(stopped" in rest
+    assert ChatSession.load(str(tmp_path / "conversation"), model, processor).messages == []

@@ -1,4 +1,4 @@
-"""The memory encoder: the scans against plain loops, the layers against transformers' own, streams against one pass."""
+"""The memory encoder: the layers against transformers' own, streams against one pass."""
 
 import random
 
@@ -9,7 +9,7 @@ from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from empathic import memory_empathic
-from empathic.memory_empathic import MambaCompressor, MemoryState, Projector, selective_scan, ssd_scan
+from empathic.memory_empathic import MambaCompressor, MemoryState, Projector
 
 VOCABULARY, MEM, WIDTH = 50, 50, 24  # <MEM> lies beyond the token table
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
@@ -53,79 +53,6 @@ def conversation(batch, length, mem_every=6):
     return ids
 
 
-def scan_inputs(batch=3, length=13, inner=5, state=4, dtype=torch.float64):
-    u, B, C, h = (
-        torch.randn(batch, *shape, dtype=dtype)
-        for shape in ((length, inner), (length, state), (length, state), (inner, state))
-    )
-    delta = torch.rand(batch, length, inner, dtype=dtype)
-    A = -4 * torch.rand(inner, state, dtype=dtype)
-    return [tensor.requires_grad_() for tensor in (u, delta, A, B, C, h)]
-
-
-def naive_scan(u, delta, A, B, C, h):
-    outputs = []
-    for t in range(u.shape[1]):
-        h = torch.exp(delta[:, t, :, None] * A) * h + (delta[:, t] * u[:, t])[..., None] * B[:, t, None]
-        outputs.append((h * C[:, t, None]).sum(-1))
-    return torch.stack(outputs, 1), h
-
-
-# ------------------------------------------------------------------------------------------------------------- scans
-
-
-@pytest.mark.parametrize("chunk_size", [None, 1, 4, 13, 50])
-@pytest.mark.parametrize("elements", [1, 1 << 19])  # 1: one row a block
-def test_scan_equals_a_plain_loop(chunk_size, elements, monkeypatch):
-    monkeypatch.setattr(memory_empathic, "_CPU_BLOCK_ELEMENTS", elements)
-    inputs = scan_inputs()
-    y, final = selective_scan(*inputs, chunk_size=chunk_size)
-    expected_y, expected_final = naive_scan(*inputs)
-    assert torch.allclose(y, expected_y, atol=1e-12)
-    assert torch.allclose(final, expected_final, atol=1e-12)
-    weights = torch.randn_like(y), torch.randn_like(final)
-    grads = torch.autograd.grad((y * weights[0]).sum() + (final * weights[1]).sum(), inputs)
-    expected = torch.autograd.grad((expected_y * weights[0]).sum() + (expected_final * weights[1]).sum(), inputs)
-    for name, grad, wanted in zip("u delta A B C initial_state".split(), grads, expected, strict=True):
-        assert torch.allclose(grad, wanted, atol=1e-12), name
-
-
-def test_scan_gradcheck():
-    inputs = scan_inputs(batch=2, length=7, inner=3, state=2)
-    assert torch.autograd.gradcheck(lambda *args: selective_scan(*args, chunk_size=3), inputs)
-    # a result that nobody uses
-    assert torch.autograd.gradcheck(lambda *args: selective_scan(*args, chunk_size=3)[1], inputs)
-
-
-def test_scan_with_zero_steps_leaves_the_state_bit_for_bit():
-    u, delta, A, B, C, h = scan_inputs(dtype=torch.float32)
-    delta = torch.cat([delta[:, :5], torch.zeros_like(delta[:, 5:])], 1)
-    _, final = selective_scan(u, delta, A, B, C, h)
-    _, short = selective_scan(u[:, :5], delta[:, :5], A, B[:, :5], C[:, :5], h)
-    assert torch.equal(final, short)
-    assert torch.equal(selective_scan(u, torch.zeros_like(u), A, B, C, h)[1], h)
-
-
-def test_scan_is_stable_where_decays_underflow():
-    u, delta, A, B, C, h = (tensor.detach() for tensor in scan_inputs(length=600, dtype=torch.float32))
-    args = (u, delta * 50, A * 50, B, C)
-    for tensor in (*args, h):
-        tensor.requires_grad_()
-    y, final = selective_scan(*args, h)
-    grads = torch.autograd.grad(y.sum() + final.sum(), (*args, h))
-    wide = [tensor.double() for tensor in (*args, h)]
-    assert torch.allclose(y.double(), naive_scan(*wide)[0], rtol=1e-4, atol=1e-3)
-    assert all(torch.isfinite(grad).all() for grad in grads)
-
-
-def test_scan_refuses_shapes_that_do_not_fit():
-    u, delta, A, B, C, h = scan_inputs()
-    with pytest.raises(ValueError, match="must have the shapes"):
-        selective_scan(u, delta[:, 1:], A, B, C, h)
-    with pytest.raises(ValueError, match="must have the shapes"):
-        selective_scan(u, delta, A, B, C, h[:1])
-
-
 def saved_elements(function):
     """The elements of all tensors that autograd keeps for backward, each storage once."""
     kept = {}
@@ -138,46 +65,6 @@ def saved_elements(function):
         result = function()
     del result
     return sum(kept.values())
-
-
-def test_scan_keeps_its_inputs_and_few_states():
-    batch, length, inner, state = 2, 256, 64, 16
-    inputs = scan_inputs(batch, length, inner, state, torch.float32)
-    own = saved_elements(lambda: selective_scan(*inputs, chunk_size=32))
-    given = sum(tensor.numel() for tensor in inputs)
-    assert own <= given + (length // 32) * batch * inner * state
-    # Negative control: the plain loop keeps several expanded tensors of this size.
-    assert saved_elements(lambda: naive_scan(*inputs)) > 2 * batch * length * inner * state
-
-
-@pytest.mark.parametrize("chunk_size", [1, 4, 13, 64])
-@pytest.mark.parametrize("carried", [False, True])
-def test_ssd_scan_equals_the_selective_scan(chunk_size, carried):
-    """Mamba-2 is Mamba-1 with one decay a head and B, C shared by the heads of a group."""
-    batch, length, heads, width, groups, state = 2, 13, 4, 3, 2, 5
-    u = torch.randn(batch, length, heads, width, dtype=torch.float64)
-    delta = torch.rand(batch, length, heads, dtype=torch.float64)
-    A = -torch.rand(heads, dtype=torch.float64)
-    B, C = (torch.randn(batch, length, groups, state, dtype=torch.float64) for _ in range(2))
-    start = torch.randn(batch, heads, width, state, dtype=torch.float64)
-    leaves = [tensor.requires_grad_() for tensor in (u, delta, A, B, C, start)]
-    y, final = ssd_scan(u, delta, A, B, C, start if carried else None, chunk_size)
-    wanted_y, wanted_final = torch.empty_like(y), torch.empty_like(final)
-    for head in range(heads):
-        h = start[:, head] if carried else None
-        steps = delta[:, :, head, None].expand(-1, -1, width)
-        decay = A[head].expand(width, state)
-        group = head // (heads // groups)
-        head_y, head_final = selective_scan(u[:, :, head], steps, decay, B[:, :, group], C[:, :, group], h)
-        wanted_y[:, :, head], wanted_final[:, head] = head_y, head_final
-    assert torch.allclose(y, wanted_y, atol=1e-12)
-    assert torch.allclose(final, wanted_final, atol=1e-12)
-    leaves = leaves if carried else leaves[:-1]
-    grads = torch.autograd.grad(y.square().sum() + final.sum(), leaves)
-    for grad, wanted in zip(
-        grads, torch.autograd.grad(wanted_y.square().sum() + wanted_final.sum(), leaves), strict=True
-    ):
-        assert torch.allclose(grad, wanted, atol=1e-10)
 
 
 # ----------------------------------------------------------------------------------------------- against transformers
@@ -376,6 +263,42 @@ def test_forks_are_independent(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_selected_rows_go_on_alone(kind):
+    model = compressor(kind)
+    past, more = conversation(3, 20), conversation(3, 9)
+    state = model.new_state(3)
+    model.append(state, past)
+    before = state.fork()
+    chosen = state.select([2, 0, 2])
+    more[2, -2] = 3  # the two copies of row 2 go on differently
+    vectors = model.append(chosen, more).split((more == MEM).sum(1).tolist())
+    for row, origin in enumerate((2, 0, 2)):
+        whole = model(torch.cat([past[origin], more[row]])[None])
+        assert torch.allclose(vectors[row], whole[-len(vectors[row]) :], atol=1e-5)
+    assert torch.equal(state.conv, before.conv)
+    assert torch.equal(state.ssm, before.ssm)
+    chosen = state.select(torch.tensor([1]))
+    state.ssm.zero_()
+    assert torch.equal(chosen.ssm, before.ssm[:, 1:2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_thousand_utterances_stay_exact_at_the_same_size(kind):
+    """In float32, one append an utterance, against one pass in float64."""
+    model = compressor(kind, num_hidden_layers=2)
+    lengths = torch.randint(1, 7, (1000,), generator=torch.Generator().manual_seed(0)).tolist()
+    utterances = [torch.tensor([[*torch.randint(VOCABULARY, (length,)).tolist(), MEM]]) for length in lengths]
+    state = model.new_state()
+    size = sum(tensor.untyped_storage().nbytes() for tensor in state.state_dict().values())
+    vectors = torch.cat([model.append(state, utterance) for utterance in utterances])
+    assert sum(tensor.untyped_storage().nbytes() for tensor in state.state_dict().values()) == size
+    with torch.no_grad():
+        exact = model.double()(torch.cat(utterances, dim=1))
+    assert vectors.shape == exact.shape == (1000, WIDTH)
+    assert (vectors - exact).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_state_dict_round_trip(kind, tmp_path):
     model = compressor(kind)
     state = model.new_state(2)
@@ -398,6 +321,28 @@ def test_state_moves_between_dtypes_in_place():
     state.to("cpu", torch.bfloat16)
     assert (state.conv.dtype, state.ssm.dtype) == (torch.bfloat16, torch.float32)
     assert (state.batch_size, state.device) == (2, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_are_left_where_a_state_is_carried(kind, monkeypatch):
+    """mamba-ssm's path takes and returns no state: a stream never goes through it, a plain pass in half or single
+    precision does."""
+    model = compressor(kind)
+    name = "is_mamba_ssm_available" if kind == "mamba" else "is_mamba_2_ssm_available"
+    mixer, taken = type(model.mamba.layers[0].mixer).__base__, []
+    monkeypatch.setattr(memory_empathic, name, lambda: True)
+    monkeypatch.setattr(memory_empathic, "is_causal_conv1d_available", lambda: True)
+    monkeypatch.setattr(memory_empathic, "_on_gpu", lambda tensor: True)
+    own = mixer.forward
+    monkeypatch.setattr(mixer, "forward", lambda *args, **kwargs: taken.append(args[2]) or own(*args, **kwargs))
+    ids = conversation(1, 30)
+    vectors = model(ids)
+    assert taken == [None] * 3
+    state = model.new_state()
+    streamed = torch.cat([model.append(state, ids[:, :11]), model.append(state, ids[:, 11:])])
+    model.double()(ids)
+    assert len(taken) == 3
+    assert torch.allclose(streamed, vectors, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------- the whole module
