@@ -27,7 +27,8 @@ from empathic.data_prep.views import DialogueSamples, conversations, emotion_cli
 from empathic.evaluation.emotion_features import EmotionFeatures
 from empathic.evaluation.generation import generate_texts
 from empathic.evaluation.metrics import word_recall
-from empathic.evaluation.tables import emotion_table, reconstruction_row, reply_row, reward_row
+from empathic.evaluation.reconstruction import reconstruction_row
+from empathic.evaluation.tables import emotion_table, reply_row, reward_row
 from empathic.processing_empathic import EmpathicProcessor
 from empathic.tiny.corpus import write_corpus
 from empathic.tiny.dialogues import ASSISTANT, CONTENT_WORDS, emotion_sentences, make_dialogues, words_of

@@ -1,12 +1,12 @@
-"""What each stage taught: emotion accuracy (Fig. 6), rebuilding (Table 8), replies and rewards (Table 2)."""
+"""What the stages taught: emotion accuracy (Fig. 6), replies and rewards (Table 2)."""
 
 from pathlib import Path
 
 from empathic.evaluation.generation import generate_texts
-from empathic.evaluation.metrics import accuracy, bleu, content_recall, dist_1, emotion_score, exact_match
+from empathic.evaluation.metrics import accuracy, dist_1, emotion_score
 from empathic.trainers.epo_config import EPOConfig
 from empathic.trainers.epo_trainer import EPOTrainer
-from empathic.trainers.samples import clip_message, rebuild_sample
+from empathic.trainers.samples import clip_message
 
 # Rows of Fig. 6: text always, media on top.
 EMOTION_SETTINGS = {"T": (), "AT": ("audio",), "VT": ("video",), "AVT": ("audio", "video")}
@@ -28,36 +28,6 @@ def emotion_table(model, processor, rows, batch_size: int = 64) -> dict[str, flo
         )
         table[setting] = accuracy(answers, expected)["accuracy"]
     return table
-
-
-def reconstruction_row(model, processor, runs, content_words, batch_size: int = 64) -> dict[str, float]:
-    """
-    How well runs of utterances are rebuilt from their memory vectors (Table 8).
-
-    Args:
-        runs: lists of turn rows, each rebuilt at once.
-        content_words: the words whose recall is measured.
-
-    Returns:
-        `bleu1`, `bleu4`, `recall` of the content words, and `exact`: the share of runs that came back letter by letter.
-    """
-    samples = [rebuild_sample(run) for run in runs]
-    expected = [sample["target"] for sample in samples]
-    answers = generate_texts(
-        model,
-        processor,
-        [sample["messages"] for sample in samples],
-        "memory",
-        max_new_tokens=max(len(processor.encode_reply(text)) for text in expected) + 8,
-        batch_size=batch_size,
-        description=f"rebuild {max(map(len, runs))}",
-    )
-    return {
-        "bleu1": bleu(answers, expected, 1),
-        "bleu4": bleu(answers, expected, 4),
-        "recall": content_recall(answers, expected, content_words),
-        "exact": exact_match(answers, expected),
-    }
 
 
 def reply_row(replies: list[str], references: list[str], features) -> dict[str, float]:

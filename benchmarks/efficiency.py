@@ -1,0 +1,281 @@
+"""
+Table 3: what a conversation's history costs, as text, as text with a kept prefix, compressed, and streaming.
+
+    python -m empathic.benchmarks.efficiency --preset tiny
+    python -m empathic.benchmarks.efficiency --preset qwen2.5-7b --paper
+
+Reported by the number of earlier utterances: input positions, time and memory of processing a prompt without a reply;
+and, as ratios measured in the same run, the memory encoder's scan beside transformers' default path and whole turns of
+a session. `--paper` takes dialogues of 20 and more utterances, as the paper does. Presets of full size have random
+weights; without a GPU their sizes and positions are printed, and nothing is measured.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from transformers.utils import logging
+
+from empathic.benchmarks.efficiency_arms import (
+    ARMS,
+    checkpoint_parts,
+    count_positions,
+    make_conversation,
+    measure_arms,
+    preset_parts,
+)
+from empathic.benchmarks.efficiency_options import PAPER_UTTERANCE, UTTERANCE, add_options
+from empathic.benchmarks.efficiency_report import markdown, plot
+from empathic.benchmarks.efficiency_turns import measure_turns
+from empathic.benchmarks.memory_plan import weight_bytes
+from empathic.benchmarks.scan import measure_scan
+
+TURN_PAIR = (10, 200)  # utterances before the turns that are compared
+SCAN_LENGTHS = (128, 512)
+SCAN_REPEATS = 3  # at most: the default path takes seconds, and the difference is large
+PAPER_POSITIONS = 600  # of history as text: the length at which positions are compared
+PAPER_TURNS = range(20, 24)  # utterances of the history in made dialogues of the paper's setting
+
+
+def row(what: str, measured: float, bound: str = "", wanted: float | None = None) -> dict:
+    """One line of the ratios; `bound` is >= or <=."""
+    holds = None if wanted is None else measured >= wanted if bound == ">=" else measured <= wanted
+    return {"what": what, "measured": measured, "bound": bound, "wanted": wanted, "holds": holds}
+
+
+def position_rows(processor, tokens: int, seed: int) -> list[dict]:
+    """Positions at the paper's history length, and beside what is wanted."""
+    turns = range(2, 200)
+    one = count_positions(processor, make_conversation(processor, 20, tokens, seed))["text"]["history"] / 20
+    nearest = min(turns, key=lambda count: abs(count * one - PAPER_POSITIONS))
+    counts = count_positions(processor, make_conversation(processor, nearest, tokens, seed))
+    text, memory = counts["text"], counts["memory"]
+    where = f"at {nearest} utterances, {text['history']} positions of text"
+    return [
+        row(
+            f"input positions without media, system prompt counted, {memory['whole']} beside {text['whole']}, {where} "
+            "(the paper: 0.184)",
+            memory["whole"] / text["whole"],
+            "<=",
+            0.20,
+        ),
+        row(f"history positions alone, {memory['history']} beside {text['history']}",
+            memory["history"] / text["history"], "<=", 0.06),
+        row(f"input positions with media, {memory['with_media']} beside {text['with_media']}",
+            memory["with_media"] / text["with_media"]),
+    ]  # fmt: skip
+
+
+def scan_rows(scan: dict) -> list[dict]:
+    """The scan beside transformers' default path."""
+    short, long = (str(length) for length in SCAN_LENGTHS)
+    encoder, alone, rows = scan["encoder"], scan["scan"], []
+    for length, wanted in ((short, 5.0), (long, 20.0)):
+        what = f"encoder of one layer, forward + backward, length {length}: times faster than transformers' default"
+        rows.append(row(what, encoder[length]["speedup"], ">=", wanted))
+    rows.append(row(f"its peak memory at length {long}, beside the default", encoder[long]["memory"], "<=", 0.35))
+    rows += [row(f"the scan alone, length {length}: times faster", alone[length]["speedup"]) for length in alone]
+    return [*rows, row(f"peak memory of the scan alone at length {long}", alone[long]["memory"])]
+
+
+def turn_rows(turns: dict, arms: dict, reply: int) -> list[dict]:
+    """A streaming turn late beside early, and beside reading the history again."""
+    early, late = TURN_PAIR
+    streaming, compressed = arms["streaming"]["seconds"], arms["compressed"]["seconds"]
+    return [
+        row(f"whole streaming turn at {late} utterances beside {early}",
+            turns[late]["streaming"] / turns[early]["streaming"], "<=", 1.5),
+        row(f"prompt of a streaming turn at {late} utterances beside encoding the history anew (compressed)",
+            streaming / compressed, "<=", 0.05),
+        row("of these, the memory alone: the last two utterances beside the whole history",
+            turns[late]["reading"] / turns[late]["encoding"]),
+        row(f"the same with a reply of {reply} tokens and remembering it, beside a new session",
+            turns[late]["streaming"] / turns[late]["anew"]),
+    ]  # fmt: skip
+
+
+def paper_conversations(options: argparse.Namespace, processor) -> tuple[list[list[dict]], str]:
+    """Conversations with 20 and more utterances before the turn, and a sentence about them."""
+    if options.data is None:
+        counts = [PAPER_TURNS[i % len(PAPER_TURNS)] for i in range(options.dialogues)]
+        made = [
+            make_conversation(processor, count, options.utterance, options.seed + place)
+            for place, count in enumerate(counts)
+        ]
+        return made, (
+            f"{len(made)} made dialogues of {PAPER_TURNS[0]} to {PAPER_TURNS[-1]} utterances before the turn, "
+            f"{options.utterance} tokens each: by default a prompt is then about as long as the paper's."
+        )
+    from datasets import load_dataset
+
+    from empathic.data_prep.views import dialogue_samples
+
+    found = []
+    columns = ["corpus", "split", "dialogue_id", "turn", "utterance_id", "speaker", "text", "emotion"]
+    rows = load_dataset(options.data, split=options.split).select_columns(columns)
+    for sample in dialogue_samples({**line, "audio": None, "video": None} for line in rows):
+        if len(sample["prompt"]) > PAPER_TURNS[0] and len(found) < options.dialogues:
+            found.append([{**m, "content": text_of(m)} for m in sample["prompt"]])
+    if not found:
+        raise SystemExit(
+            f"{options.data}, split {options.split}: no turn has {PAPER_TURNS[0]} utterances before it. "
+            "Give a data set of longer dialogues, or leave --data out."
+        )
+    return found, f"{len(found)} turns of {options.data}, split {options.split}, {PAPER_TURNS[0]} utterances and more."
+
+
+def text_of(message: dict) -> str:
+    """The text of a message."""
+    content = message["content"]
+    return content if isinstance(content, str) else " ".join(item["text"] for item in content if "text" in item)
+
+
+def measure_paper(model, processor, options: argparse.Namespace) -> dict:
+    """Averages over the dialogues, each arm (Sec. 5.5)."""
+    conversations, about = paper_conversations(options, processor)
+    found = [measure_arms(model, processor, messages, options.repeats) for messages in conversations]
+    weights = weight_bytes(model)
+    keys = ("positions", "new_positions", "memory_tokens", "seconds", "peak_bytes", "peak_bytes_all_logits")
+    means = {arm: {key: statistics.mean(entry[arm][key] for entry in found) for key in keys} for arm in ARMS}
+    for values in means.values():
+        values["total_bytes"] = weights + values["peak_bytes"]
+        values["total_bytes_all_logits"] = weights + values["peak_bytes_all_logits"]
+    positions = [count_positions(processor, messages) for messages in conversations]
+    media = {kind: statistics.mean(counts[kind]["with_media"] for counts in positions) for kind in ("text", "memory")}
+    about += (
+        f" With media a prompt has {media['text']:.1f} positions as text and {media['memory']:.1f} compressed. The "
+        "paper does not say whether its memory was taken with the logits of all positions. Its times and sizes are "
+        "those of another machine and other dialogues: compare the changes. BERTScore needs replies and is not here."
+    )
+    return {"about": about, "dialogues": len(found), "means": means, "with_media": media, "weight_bytes": weights}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options, as the command line gives them."""
+    parser = argparse.ArgumentParser(
+        prog="python -m empathic.benchmarks.efficiency",
+        description="Table 3: what a conversation's history costs.",
+        epilog="example:\n  python -m empathic.benchmarks.efficiency --preset tiny --turns 1 10 200",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_options(parser)
+    return parser.parse_args(argv)
+
+
+def settle(options: argparse.Namespace) -> argparse.Namespace:
+    """Fills in what follows from other options and from the machine."""
+    options.utterance = options.utterance or (PAPER_UTTERANCE if options.paper else UTTERANCE)
+    has_gpu = torch.cuda.is_available()
+    if options.device == "cuda" and not has_gpu:
+        raise SystemExit("--device cuda: there is no GPU here. Leave it out to print the plan, or take --device cpu.")
+    is_large = options.model is None and options.preset != "tiny"
+    if is_large and options.device == "auto" and not has_gpu:
+        options.plan = True
+    if options.device == "auto":
+        options.device = "cuda" if has_gpu else "cpu"
+    if options.dtype == "auto":
+        options.dtype = "bfloat16" if options.device == "cuda" or options.plan else "float32"
+    options.turns = sorted(set(options.turns))
+    return options
+
+
+def describe_plan(model, processor, options: argparse.Namespace) -> str:
+    """Sizes of what would be measured."""
+    text = model.config.text_config
+    width = 2 if options.dtype == "bfloat16" else 4
+    head = text.hidden_size // text.num_attention_heads
+    cache = 2 * width * head * text.num_key_value_heads * text.num_hidden_layers
+    return (
+        f"Nothing was measured. The weights take {weight_bytes(model) / 1e9:.2f} GB in {options.dtype}; each "
+        f"position takes {cache / 1024:.1f} KiB of keys and values, and {width * text.vocab_size / 1024:.0f} KiB where "
+        "the logits of all positions are computed."
+    )
+
+
+def run(options: argparse.Namespace) -> dict:
+    """Measures, prints and writes; returns what it wrote."""
+    options = settle(options)
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    torch.manual_seed(options.seed)
+    dtype, device = getattr(torch, options.dtype), "meta" if options.plan else options.device
+    if options.model is None:
+        model, processor = preset_parts(options.preset, dtype, device)
+        name = f"Preset {options.preset}, random weights"
+    else:
+        model, processor = checkpoint_parts(options.model, dtype, device)
+        name = str(options.model)
+    is_cuda = device == "cuda"
+    results = {
+        "command": f"python -m empathic.benchmarks.efficiency {' '.join(as_arguments(options))}".strip(),
+        "name": name,
+        "settings": {key: value for key, value in vars(options).items() if key not in ("run", "command", "table")},
+        "text": f"An utterance has {options.utterance} tokens of the language model.",
+        "machine": {
+            "device": torch.cuda.get_device_name() if is_cuda else platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "load": os.getloadavg()[0],
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "histories": {},
+    }
+    if options.plan:
+        results["not_measured"] = describe_plan(model, processor, options)
+    if options.paper and not options.plan:
+        results["paper"] = measure_paper(model, processor, options)
+    if options.plan or not options.paper:
+        late = TURN_PAIR[1]
+        lengths = options.turns if options.plan or not options.ratios else sorted({*options.turns, late})
+        lengths = list(PAPER_TURNS) if options.paper else lengths
+        for turns in lengths:
+            messages = make_conversation(processor, turns, options.utterance, options.seed)
+            arms = None if options.plan else measure_arms(model, processor, messages, options.repeats)
+            entry = {"positions": count_positions(processor, messages), "arms": arms}
+            results["histories"][str(turns)] = entry
+            print(f"{turns} utterances: done", file=sys.stderr, flush=True)
+        results["ratios"] = position_rows(processor, options.utterance, options.seed)
+        if options.ratios and not options.plan:
+            pair = {n: make_conversation(processor, n, options.utterance, options.seed) for n in TURN_PAIR}
+            whole = measure_turns(model, processor, pair, options.reply, options.repeats)
+            results["scan"] = measure_scan(min(options.repeats, SCAN_REPEATS), lengths=SCAN_LENGTHS)
+            results["turns"] = {str(turns): values for turns, values in whole.items()}
+            more = turn_rows(whole, results["histories"][str(late)]["arms"], options.reply)
+            results["ratios"] = [*scan_rows(results["scan"]), *more, *results["ratios"]]
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    report = markdown(results, plot(results, folder))
+    (folder / "efficiency.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (folder / "efficiency.md").write_text(report, encoding="utf-8")
+    print(report)
+    print(f"All of it is in {folder}.")
+    return results
+
+
+def as_arguments(options: argparse.Namespace) -> list[str]:
+    """The options that decide what is measured, as one would type them."""
+    given = ["--model", str(options.model)] if options.model else ["--preset", options.preset]
+    given += ["--paper"] if options.paper else ["--turns", *map(str, options.turns)]
+    given += ["--data", options.data, "--split", options.split] if options.data else []
+    given += ["--dialogues", str(options.dialogues)] if options.paper else ["--reply", str(options.reply)]
+    given += [] if options.ratios else ["--no-ratios"]
+    for name in ("utterance", "repeats", "seed", "device", "dtype"):
+        given += [f"--{name}", str(getattr(options, name))]
+    return given
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Runs with the options of a command line."""
+    return run(parse(argv))
+
+
+if __name__ == "__main__":
+    main()

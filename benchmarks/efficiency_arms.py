@@ -1,0 +1,295 @@
+"""
+Four ways to give a language model a conversation's history, and what each costs to process a prompt (Table 3).
+
+| arm | the history is | kept from the turn before |
+|---|---|---|
+| `text` | chat turns | nothing |
+| `text_reuse` | chat turns | keys and values of the prompts' common beginning |
+| `compressed` | one vector an utterance, all encoded anew (the paper's way) | nothing |
+| `streaming` | one vector an utterance, as in `ChatSession` | the memory's state, keys and values |
+
+All arms process the same conversation up to the scores of the reply's first token, with keys and values kept for the
+tokens to come.
+"""
+
+import copy
+import random
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from transformers import CLIPImageProcessorPil, DynamicCache, WhisperFeatureExtractor
+
+from empathic.benchmarks.memory_plan import LiveMemory, weight_bytes
+from empathic.benchmarks.shapes import build, preset_config
+from empathic.configuration_empathic import MEM_TOKEN
+from empathic.processing_empathic import EmpathicProcessor
+from empathic.tiny.dialogues import make_dialogues
+from empathic.tiny.language_model import prompt_texts
+from empathic.tiny.vocabulary import build_memory_tokenizer, build_text_tokenizer
+from empathic.trainers.checkpoint import load_model
+
+ARMS = ("text", "text_reuse", "compressed", "streaming")
+QUERIES = 32  # vectors of a clip's sound, and of its picture: the paper's, in every preset
+SLOW = 5.0  # seconds: what takes longer is run once
+
+
+def preset_parts(preset: str, dtype: torch.dtype, device: str):
+    """
+    A model of the preset's sizes with random weights, and a processor for it. Its tokenizers are those of the tiny
+    preset: a token is a word or a mark, about as it is for Qwen2.5's tokenizer in plain English.
+    """
+    tokenizer, memory_tokenizer = build_text_tokenizer(prompt_texts()), build_memory_tokenizer(prompt_texts())
+    memory_tokenizer.add_special_tokens({"additional_special_tokens": [MEM_TOKEN]})
+    config = preset_config(preset)
+    size = config.vision_config.image_size
+    windows = config.audio_config.max_source_positions / 50  # seconds
+    processor = EmpathicProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size}),
+        WhisperFeatureExtractor(feature_size=config.audio_config.num_mel_bins, chunk_length=int(windows)),
+        tokenizer,
+        memory_tokenizer,
+        num_query_tokens=QUERIES,
+        num_frames=config.num_frames,
+    )
+    config.num_query_tokens = QUERIES
+    config.text_config.vocab_size = max(config.text_config.vocab_size, len(tokenizer))
+    config.memory_config.vocab_size = max(config.memory_config.vocab_size, len(memory_tokenizer))
+    config.text_config.eos_token_id = tokenizer.eos_token_id
+    config.mem_token_id = processor.mem_token_id
+    for kind in ("video", "audio", "memory"):
+        token = {"video": processor.video_token, "audio": processor.audio_token, "memory": processor.memory_token}[kind]
+        setattr(config, f"{kind}_token_id", tokenizer.convert_tokens_to_ids(token))
+    return build(config, dtype, device).eval(), processor
+
+
+def checkpoint_parts(path: str, dtype: torch.dtype, device: str):
+    """The model of a checkpoint, adapters merged, and its processor."""
+    model = load_model(path, dtype=dtype)
+    if hasattr(model, "merge_and_unload"):  # a PEFT model
+        model = model.merge_and_unload()
+    return model.to(device).eval(), EmpathicProcessor.from_pretrained(path)
+
+
+def make_conversation(processor: EmpathicProcessor, turns: int, tokens: int, seed: int = 0) -> list[dict]:
+    """
+    A conversation whose last message is the user's turn: so many earlier utterances, each of whole words and at
+    most so many tokens of the language model, made of the tiny preset's sentences.
+    """
+    sentences = [turn["text"] for dialogue in make_dialogues(200, seed=seed) for turn in dialogue]
+    rng, messages = random.Random(seed), []
+    for place in range(turns + 1):  # backwards from the turn: a longer history ends with the shorter one
+        words: list[str] = []
+        while len(processor.encode_plain(" ".join(words))) < tokens:
+            words += rng.choice(sentences).split()
+        while len(words) > 1 and len(processor.encode_plain(" ".join(words))) > tokens:
+            words.pop()
+        messages.append({"role": "user" if place % 2 == 0 else "assistant", "content": " ".join(words)})
+    return messages[::-1]
+
+
+def with_clip(messages: list[dict], processor: EmpathicProcessor) -> list[dict]:
+    """The conversation with sound and picture in its last message; they stand for a clip where positions count."""
+    *earlier, turn = messages
+    clips = [{"type": kind, "features": torch.zeros(1, 1)} for kind in ("audio", "video")]
+    return [*earlier, {**turn, "content": [*clips, {"type": "text", "text": turn["content"]}]}]
+
+
+def count_positions(processor: EmpathicProcessor, messages: list[dict]) -> dict:
+    """
+    Positions of the language model's input, system prompt and template included, as the processor gives them.
+
+    Returns:
+        `{"text", "memory"}`: each `whole` prompt, `with_media`, and `history`: what the prompt has more than that of
+        the same turn without a history.
+    """
+    counts = {}
+    for history in ("text", "memory"):
+        whole, media, alone = (
+            len(processor.prepare(conversation, history=history)["input_ids"])
+            for conversation in (messages, with_clip(messages, processor), messages[-1:])
+        )
+        counts[history] = {"whole": whole, "with_media": media, "history": whole - alone}
+    return counts
+
+
+def shared(first: list[int], second: list[int]) -> int:
+    """The length of the common beginning, short of the whole of `second`: its last position gives the scores."""
+    pairs = zip(first, second[:-1], strict=False)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second) - 1))
+
+
+def fork(cache: DynamicCache, length: int) -> DynamicCache:
+    """The first positions of a cache, sharing its tensors; what is added goes into new ones."""
+    forked = copy.copy(cache)
+    forked.layers = [copy.copy(layer) for layer in cache.layers]
+    if forked.get_seq_length() > length:
+        forked.crop(length - forked.get_seq_length())
+    return forked
+
+
+@dataclass
+class Arm:
+    """
+    One way, ready for a conversation.
+
+    Attributes:
+        prompt: token ids of the whole prompt.
+        new_positions: of them, those that the language model processes.
+        memory_tokens: tokens that the memory encoder reads.
+        held: tensors kept from the turn before.
+        run: processes the prompt; takes `logits_to_keep` (1: of the last position, 0: of all processed ones) and
+            returns the logits.
+    """
+
+    prompt: list[int]
+    new_positions: int
+    memory_tokens: int
+    held: list[torch.Tensor]
+    run: object
+
+
+@torch.inference_mode()
+def prepare_arms(model, processor: EmpathicProcessor, messages: list[dict]) -> dict[str, Arm]:
+    """
+    The four arms for a conversation.
+
+    What is kept comes from the turn before, which ended with the last two utterances of the history: the prompt of its
+    second last utterance had the history before it.
+    """
+    device, config = model.device, model.config
+    text_ids = processor.prepare(messages, history="text")["input_ids"]
+    given = processor.prepare(messages)
+    ids, memory_ids = given["input_ids"], given["memory_input_ids"]
+    before = messages[:-2] if len(messages) > 2 else None  # the conversation up to the turn before
+
+    def tensor(row: list[int]) -> torch.Tensor:
+        return torch.tensor([row], device=device)
+
+    def fill(row: list[int], keep: int, **memory) -> DynamicCache:
+        cache = DynamicCache(config=config.text_config)
+        if keep:
+            model(input_ids=tensor(row[:keep]), past_key_values=cache, logits_to_keep=1, **memory)
+        return cache
+
+    def layers(cache: DynamicCache) -> list[torch.Tensor]:
+        return [part for layer in cache.layers if layer.is_initialized for part in (layer.keys, layer.values)]
+
+    text, text_keep = tensor(text_ids), 0
+    if before is not None:
+        text_before = processor.prepare(before, history="text")["input_ids"]
+        text_keep = shared(text_before, text_ids)
+    text_cache, text_new = fill(text_ids, text_keep), tensor(text_ids[text_keep:])
+
+    whole, memory = tensor(ids), tensor(memory_ids)
+    state, keep, known = model.new_memory_state(), 0, 0
+    kept_vectors = {}
+    if before is not None:
+        earlier = processor.prepare(before)
+        keep, known = shared(earlier["input_ids"], ids), len(earlier["memory_input_ids"])
+        if known:
+            kept_vectors = {"memory_embeds": model.append_to_memory(state, memory[:, :known])[None]}
+    cache, new, unread = fill(ids, keep, **kept_vectors), tensor(ids[keep:]), memory[:, known:].clone()
+
+    def run_text(logits_to_keep: int) -> torch.Tensor:
+        return model(input_ids=text, use_cache=True, logits_to_keep=logits_to_keep).logits
+
+    def run_text_reuse(logits_to_keep: int) -> torch.Tensor:
+        past = fork(text_cache, text_keep)
+        return model(input_ids=text_new, past_key_values=past, logits_to_keep=logits_to_keep).logits
+
+    def run_compressed(logits_to_keep: int) -> torch.Tensor:
+        return model(input_ids=whole, memory_input_ids=memory, use_cache=True, logits_to_keep=logits_to_keep).logits
+
+    def run_streaming(logits_to_keep: int) -> torch.Tensor:
+        vectors = model.append_to_memory(state.fork(), unread)[None]
+        past = fork(cache, keep)
+        return model(input_ids=new, memory_embeds=vectors, past_key_values=past, logits_to_keep=logits_to_keep).logits
+
+    return {
+        "text": Arm(text_ids, len(text_ids), 0, [text], run_text),
+        "text_reuse": Arm(text_ids, text_new.shape[1], 0, [text_new, *layers(text_cache)], run_text_reuse),
+        "compressed": Arm(ids, len(ids), memory.shape[1], [whole, memory], run_compressed),
+        "streaming": Arm(
+            ids,
+            new.shape[1],
+            unread.shape[1],
+            [new, unread, state.conv, state.ssm, *layers(cache)],
+            run_streaming,
+        ),
+    }
+
+
+class Meter:
+    """Seconds and bytes: of the processor and of live tensors on a CPU, of CUDA's events and allocator on a GPU."""
+
+    def __init__(self, model):
+        self.weights = [*model.parameters(), *model.buffers()]
+        self.is_cuda = model.device.type == "cuda"
+        self.weight_bytes = weight_bytes(model)
+
+    def seconds(self, run) -> float:
+        """Of one call."""
+        if not self.is_cuda:
+            start = time.process_time()
+            run()
+            return time.process_time() - start
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
+
+    def peak(self, run, held: list[torch.Tensor]) -> int:
+        """The largest number of bytes during one call beside the weights; what was kept for it counts."""
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.synchronize()
+            kept = sum(tensor.untyped_storage().nbytes() for tensor in held)
+            before = torch.cuda.memory_allocated()  # also what other arms keep
+            torch.cuda.reset_peak_memory_stats()
+            run()
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated() - before + kept
+        with LiveMemory([*self.weights, *held]) as live:
+            run()
+        return live.peak - self.weight_bytes
+
+    def alternate(self, runs: dict, repeats: int) -> dict[str, float]:
+        """Median seconds of each, run in turn after a first time; what takes longer than `SLOW` is run once."""
+        first = {name: self.seconds(run) for name, run in runs.items()}
+        taken = {name: [] for name in runs}
+        for _ in range(repeats):
+            for name, run in runs.items():
+                if first[name] < SLOW:
+                    taken[name].append(self.seconds(run))
+        return {name: statistics.median(values or [first[name]]) for name, values in taken.items()}
+
+
+@torch.inference_mode()
+def measure_arms(model, processor: EmpathicProcessor, messages: list[dict], repeats: int) -> dict:
+    """
+    What each arm costs for a conversation.
+
+    Returns:
+        {arm: `positions` (of the prompt), `new_positions`, `memory_tokens`, `seconds`, and the peak bytes beside the
+        weights `peak_bytes` (logits of the last position) and `peak_bytes_all_logits`, of which `kept_bytes` were
+        there before}.
+    """
+    arms, meter = prepare_arms(model, processor, messages), Meter(model)
+    seconds = meter.alternate({name: lambda arm=arm: arm.run(1) for name, arm in arms.items()}, repeats)
+    return {
+        name: {
+            "positions": len(arm.prompt),
+            "new_positions": arm.new_positions,
+            "memory_tokens": arm.memory_tokens,
+            "seconds": seconds[name],
+            "peak_bytes": meter.peak(lambda arm=arm: arm.run(1), arm.held),
+            "peak_bytes_all_logits": meter.peak(lambda arm=arm: arm.run(0), arm.held),
+            "kept_bytes": sum(tensor.untyped_storage().nbytes() for tensor in arm.held),
+        }
+        for name, arm in arms.items()
+    }
