@@ -9,7 +9,18 @@ from datasets import load_dataset
 
 from empathic.cli import build_parser, main
 
-COMMANDS = ("quickstart", "prepare", "prepare-features", "counter", "train", "merge", "push", "chat")
+COMMANDS = (
+    "quickstart",
+    "prepare",
+    "prepare-features",
+    "counter",
+    "train",
+    "evaluate",
+    "study",
+    "merge",
+    "push",
+    "chat",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,0 +1,250 @@
+"""What a study's answers say: scores, agreement, preferences, and who was left out."""
+
+import json
+from collections import defaultdict
+from dataclasses import asdict
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from empathic.evaluation.study.agreement import LEVELS, alpha, coincidences
+from empathic.evaluation.study.answers import read_answers
+from empathic.evaluation.study.build import ANSWERS, KEY, Exclusion
+from empathic.evaluation.study.design import SCORES
+from empathic.evaluation.study.replies import StudyError
+
+# question -> (conversation, system) -> {rater: score}
+Ratings = dict[str, dict[tuple[str, str], dict[str, int]]]
+
+
+def analyse(
+    folder: Path,
+    exclusion: Exclusion | None = None,
+    answers: list[Path] | None = None,
+    resamples: int = 10000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict:
+    """
+    Analyses a study.
+
+    Intervals are bootstrap percentiles: conversations are drawn with replacement, each with all its systems and raters.
+
+    Args:
+        folder: what `build` wrote.
+        exclusion: rules instead of the study's own.
+        answers: files of answers instead of the study's own folder, such as those that static pages gave.
+        resamples, confidence, seed: of the bootstrap.
+
+    Returns:
+        {"scores", "differences", "preferences", "agreement", "raters", "settings", ...}, see `report.markdown`.
+
+    Raises:
+        StudyError: for a folder that is no study, options that do not do, or where no rater is left.
+    """
+    if resamples < 1 or not 0 < confidence < 1:
+        raise StudyError(f"{resamples} resamples and a confidence of {confidence}: take 1 or more, and from 0 to 1.")
+    folder = Path(folder)
+    try:
+        key = json.loads((folder / KEY).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{folder / KEY}: cannot be read ({error}). Give the folder of a study.") from None
+    own = key["settings"]["exclusion"]
+    exclusion = exclusion or Exclusion(**own)
+    files = sorted((folder / ANSWERS).glob("*.jsonl")) if answers is None else [Path(file) for file in answers]
+    given, problems = _latest(files, key)
+    raters, ratings = [], {question["name"]: defaultdict(dict) for question in key["questions"]}
+    for number, rater in enumerate(key["raters"], 1):
+        state = _judge_rater(rater, given.get(rater, {}), key, exclusion)
+        raters.append({"rater": number, "code": rater, **state})
+        if state["started"] and not state["reasons"]:
+            for item, answer in given[rater].items():
+                about = key["items"][item]
+                if "system" in about:
+                    for question, line in answer.items():
+                        ratings[question][about["conversation"], about["system"]][rater] = line["score"]
+    kept = sum(row["started"] and not row["reasons"] for row in raters)
+    if not kept:
+        started = [row for row in raters if row["started"]]
+        reasons = "; ".join(f"rater {row['rater']}: {', '.join(row['reasons'])}" for row in started)
+        raise StudyError(
+            f"{folder}: no rater is left of {len(raters)}, of whom {len(started)} began"
+            + (f" ({reasons}). Loosen the exclusion rules, and say so." if started else ".")
+        )
+    conversations, systems = list(key["conversations"]), key["systems"]
+    draw = np.random.default_rng(seed)
+    chosen = draw.integers(0, len(conversations), (resamples, len(conversations)))
+    weights = np.stack([np.bincount(row, minlength=len(conversations)) for row in chosen]).astype(float)
+    ends = 50 * (1 - confidence), 50 * (1 + confidence)
+
+    def interval(values: np.ndarray) -> list[float] | None:
+        values = values[np.isfinite(values)]
+        return [float(end) for end in np.percentile(values, ends)] if len(values) else None
+
+    result = {
+        "systems": systems,
+        "questions": key["questions"],
+        "kept_raters": kept,
+        "raters": raters,
+        "problems": problems,
+        "scores": {},
+        "differences": {},
+        "preferences": {},
+        "agreement": {},
+    }
+    for question, by_cell in ratings.items():
+        means = {}  # system: one mean, and one of each resample
+        result["scores"][question] = {}
+        for system in systems:
+            theirs = [list(by_cell[conversation, system].values()) for conversation in conversations]
+            sums, counts = np.array([[sum(scores), len(scores)] for scores in theirs], dtype=float).T
+            with np.errstate(invalid="ignore"):
+                means[system] = sums.sum() / counts.sum(), (weights @ sums) / (weights @ counts)
+            result["scores"][question][system] = {
+                "mean": _number(means[system][0]),
+                "interval": interval(means[system][1]),
+                "ratings": int(counts.sum()),
+                "shares": {str(score): _share(theirs, score) for score in SCORES},
+            }
+        result["differences"][question] = [
+            {
+                "systems": [one, other],
+                "mean": _number(means[one][0] - means[other][0]),
+                "interval": interval(means[one][1] - means[other][1]),
+            }
+            for one, other in combinations(systems, 2)
+        ]
+        result["preferences"][question] = [
+            _preference(by_cell, conversations, one, other, key["settings"]["design"], weights, interval)
+            for one, other in combinations(systems, 2)
+        ]
+        matrices = np.stack(
+            [
+                coincidences([list(by_cell[conversation, system].values()) for system in systems], SCORES)
+                for conversation in conversations
+            ]
+        )
+        resampled = np.tensordot(weights, matrices, 1)
+        result["agreement"][question] = {
+            level: {
+                "alpha": _number(alpha(matrices.sum(0), level)),
+                "interval": interval(alpha(resampled, level)),
+            }
+            for level in LEVELS
+        }
+    result["settings"] = {
+        "design": key["settings"]["design"],
+        "conversations": len(conversations),
+        "ratings_planned": key["settings"]["ratings"],
+        "resamples": resamples,
+        "confidence": confidence,
+        "seed": seed,
+        "exclusion": asdict(exclusion),
+        "exclusion_as_stated_before": asdict(exclusion) == own,
+    }
+    return result
+
+
+def _number(value) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _share(scores: list[list[int]], score: int) -> float | None:
+    total = sum(map(len, scores))
+    return sum(ratings.count(score) for ratings in scores) / total if total else None
+
+
+def _latest(files: list[Path], key: dict) -> tuple[dict, list[str]]:
+    """{rater: {item: {question: line}}}, the last answer of each, and lines that are not of this study."""
+    given, problems = {}, []
+    questions = [question["name"] for question in key["questions"]]
+    owner = {item: rater for rater, items in key["raters"].items() for item in items}
+    for file in files:
+        try:
+            lines, bad = read_answers(file)
+        except OSError as error:
+            raise StudyError(f"{file}: cannot be read ({error}). Give files of answers.") from None
+        problems += bad
+        for line in lines:
+            item, rater = str(line["item"]), line["rater"]
+            if owner.get(item) != rater or line["question"] not in questions or line["score"] not in SCORES:
+                problems.append(f"{file}: an answer is not one of this study: {json.dumps(line)[:100]}")
+            else:
+                given.setdefault(rater, {}).setdefault(item, {})[line["question"]] = line
+    return given, problems
+
+
+def _judge_rater(rater: str, answers: dict, key: dict, rules: Exclusion) -> dict:
+    """What is known of a rater, and the reasons to leave them out."""
+    items, questions = key["raters"][rater], [question["name"] for question in key["questions"]]
+    wanted = len(items) * len(questions)
+    count = sum(len(answer) for answer in answers.values())
+    checks = [item for item in items if "check" in key["items"][item]]
+    failed = sum(
+        any(line["score"] != key["items"][item]["check"] for line in answers.get(item, {}).values()) for item in checks
+    )
+    # An answer tells how long its reply had been looked at: the longest of a reply is the time of both answers.
+    times = [max(_seconds(line, "seconds") for line in answer.values()) for answer in answers.values()]
+    median = float(np.median(times)) if times else 0.0
+    clips = {key["items"][item]["conversation"] for item in answers}
+    clips = {conversation for conversation in clips if key["conversations"][conversation]["clip"]}
+    played = {
+        key["items"][item]["conversation"]
+        for item, answer in answers.items()
+        if max(_seconds(line, "played") for line in answer.values()) >= 1
+    }
+    share_played = len(played & clips) / len(clips) if clips else 1.0
+    reasons = []
+    if answers:
+        if count < rules.complete * wanted:
+            reasons.append(f"answered {count} of {wanted} questions (fewer than {rules.complete:.0%})")
+        if failed > rules.failed_checks:
+            reasons.append(f"failed {failed} of {len(checks)} attention checks (more than {rules.failed_checks})")
+        if median < rules.median_seconds:
+            reasons.append(f"took {median:.1f} s for a reply, the median (less than {rules.median_seconds:g} s)")
+        if share_played < rules.played:
+            reasons.append(f"played {share_played:.0%} of the clips (less than {rules.played:.0%})")
+    return {
+        "started": bool(answers),
+        "answers": count,
+        "of": wanted,
+        "failed_checks": failed,
+        "checks": len(checks),
+        "median_seconds": median,
+        "played": share_played,
+        "reasons": reasons,
+    }
+
+
+def _seconds(line: dict, name: str) -> float:
+    value = line.get(name)
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _preference(
+    by_cell: dict, conversations: list[str], one: str, other: str, design: str, weights: np.ndarray, interval
+) -> dict:
+    """
+    How often one system's reply is scored above the other's to the same conversation.
+
+    `within`: the comparisons are the raters' own, one for each rater who judged both. `between`: no rater judged both,
+    so the mean scores of the two replies are compared, one comparison for each conversation.
+    """
+    counts = np.zeros((len(conversations), 3))  # better, the same, worse
+    for place, conversation in enumerate(conversations):
+        left, right = by_cell[conversation, one], by_cell[conversation, other]
+        if design == "within":
+            pairs = [(left[rater], right[rater]) for rater in left if rater in right]
+        else:
+            pairs = [tuple(np.mean(list(side.values())) for side in (left, right))] if left and right else []
+        for a, b in pairs:
+            counts[place, 0 if a > b else 1 if a == b else 2] += 1
+    total = counts.sum()
+    with np.errstate(invalid="ignore"):
+        resampled = (weights @ counts) / (weights @ counts.sum(1))[:, None]
+    row = {"systems": [one, other], "comparisons": int(total)}
+    for place, name in enumerate(("better", "same", "worse")):
+        row[name] = _number(counts[:, place].sum() / total) if total else None
+        row[f"{name}_interval"] = interval(resampled[:, place])
+    return row

@@ -1,0 +1,98 @@
+"""Answers as they are given: one JSON line each in one file a rater, only ever appended to."""
+
+import json
+import os
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+
+from empathic.evaluation.study.replies import StudyError
+
+FIELDS = {"rater", "item", "question", "score", "time", "seconds", "played"}
+
+
+def read_answers(path: Path) -> tuple[list[dict], list[str]]:
+    """The answers of a file, oldest first, and what was wrong with other lines: one that was cut off by a crash."""
+    lines, problems = [], []
+    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            line = None
+        if isinstance(line, dict) and {"rater", "item", "question", "score"} <= set(line):
+            lines.append(line)
+        else:
+            problems.append(f"{path}:{number}: is no answer: {text[:60]!r}")
+    return lines, problems
+
+
+class AnswerStore:
+    """
+    The answers of a study's raters.
+
+    Args:
+        folder: of the answers.
+        studies: rater's code -> what the rater's page is given.
+    """
+
+    def __init__(self, folder: Path, studies: dict[str, dict]):
+        self.folder = folder
+        self.studies = studies
+        self.items = {rater: {item["code"] for item in study["items"]} for rater, study in studies.items()}
+        self.lock = threading.Lock()
+
+    def add(self, rater: str, line) -> None:
+        """
+        Appends an answer; when this returns, it is on the disk.
+
+        Raises:
+            StudyError: for an answer that is not one of this rater's.
+        """
+        study = self.studies[rater]
+        if not isinstance(line, dict) or line.get("rater") != rater:
+            raise StudyError("The answer is not one of this rater's.")
+        if set(line) - FIELDS:
+            raise StudyError(f"The answer has unknown fields: {', '.join(sorted(set(line) - FIELDS))[:80]}.")
+        if not isinstance(line.get("item"), str) or line["item"] not in self.items[rater]:
+            raise StudyError("The answer names a reply that this rater was not given.")
+        if line.get("question") not in [question["name"] for question in study["questions"]]:
+            raise StudyError("The answer names a question that was not asked.")
+        if type(line.get("score")) is not int or line["score"] not in [step["score"] for step in study["scale"]]:
+            raise StudyError("The answer's score is not on the scale.")
+        for name in ("seconds", "played"):
+            if type(line.get(name)) not in (int, float) or not 0 <= line[name] < 1e9:
+                raise StudyError(f"The answer's {name} must be a number of seconds.")
+        if not isinstance(line.get("time"), str) or len(line["time"]) > 40:
+            raise StudyError("The answer has no time.")
+        line = {**line, "received": datetime.now(UTC).isoformat(timespec="milliseconds")}
+        path = self.folder / f"{rater}.jsonl"
+        with self.lock, open(path, "a+b") as file:
+            new = file.seek(0, os.SEEK_END) == 0
+            if not new:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a crash cut the last line off: keep what is there apart from this one
+                    file.write(b"\n")
+            file.write(json.dumps(line).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+            if new:
+                _sync_folder(self.folder)
+
+    def latest(self, rater: str) -> dict[str, dict[str, int]]:
+        """{item: {question: score}} of a rater, each the last that was given."""
+        path, scores = self.folder / f"{rater}.jsonl", {}
+        if path.is_file():
+            for line in read_answers(path)[0]:
+                scores.setdefault(line["item"], {})[line["question"]] = line["score"]
+        return scores
+
+
+def _sync_folder(folder: Path) -> None:
+    """A new file's name is on the disk once its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

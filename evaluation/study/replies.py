@@ -1,0 +1,159 @@
+"""Saved replies of several systems, joined by conversation."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+REFERENCE = "reference"  # the true replies, where they are rated as one more system
+
+
+class StudyError(ValueError):
+    """A study that cannot be built, run or analysed. The message says what is wrong and the mend."""
+
+
+@dataclass
+class Conversation:
+    """One prompt with the reply of each system. `rows` are the lines of the files without their prompts."""
+
+    id: str
+    prompt: list[dict]
+    replies: dict[str, str]
+    rows: dict[str, dict] = field(default_factory=dict)
+
+
+def read_replies(sources: list[str], reference: bool = False) -> tuple[list[Conversation], list[dict]]:
+    """
+    The conversations that all systems answered, in the order of the first file.
+
+    Args:
+        sources: JSONL files with `id`, `prompt`, `reply` and, where there is one, `reference` on each line. A line's
+            system is its `system`, else the name in `NAME=FILE`, else the file's stem.
+        reference: rate the true replies too, as the system `reference`.
+
+    Returns:
+        The conversations, and what was left out: {"id", "reason"}.
+
+    Raises:
+        StudyError: for a file or a line that cannot be read, a reply given twice, and where nothing is left.
+    """
+    rows: dict[str, dict[str, dict]] = {}
+    for source in sources:
+        named, _, file = source.rpartition("=")
+        if not Path(file).is_file() and Path(source).is_file():
+            named, file = "", source
+        _read(Path(file), named or Path(file).stem, rows)
+    systems = list(rows)
+    if reference and REFERENCE in rows:
+        raise StudyError(f"A system is called {REFERENCE!r}, which is the name of the true replies. Rename it.")
+    order = list(dict.fromkeys(id for by_id in rows.values() for id in by_id))
+    conversations, left_out = [], []
+    for id in order:
+        missing = [system for system in systems if id not in rows[system]]
+        if missing:
+            left_out.append({"id": id, "reason": f"no reply of {', '.join(missing)}"})
+            continue
+        theirs = {system: rows[system][id] for system in systems}
+        first = _said(theirs[systems[0]]["prompt"])
+        differing = [system for system in systems if _said(theirs[system]["prompt"]) != first]
+        if differing:
+            reason = f"what was said before is not the same to {systems[0]} and to {', '.join(differing)}"
+            left_out.append({"id": id, "reason": reason})
+            continue
+        replies = {system: row["reply"] for system, row in theirs.items()}
+        if reference:
+            true = next((row["reference"] for row in theirs.values() if row.get("reference")), None)
+            if true is None:
+                left_out.append({"id": id, "reason": "has no reference"})
+                continue
+            replies[REFERENCE] = true
+        # A system that reads text only may have been given no clips: raters see those of the one that had most.
+        prompt = max((row["prompt"] for row in theirs.values()), key=_clips)
+        kept = {system: {k: v for k, v in row.items() if k != "prompt"} for system, row in theirs.items()}
+        conversations.append(Conversation(id, prompt, replies, kept))
+    if not conversations:
+        raise StudyError(
+            f"No conversation was answered by all of {', '.join(systems)}; the first that is left out: "
+            f"{left_out[0]['id']} ({left_out[0]['reason']}). Give files of the same conversations."
+            if left_out
+            else f"{', '.join(sources)}: hold no replies."
+        )
+    return conversations, left_out
+
+
+def _read(path: Path, stem: str, rows: dict[str, dict[str, dict]]) -> None:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: a reply may hold U+2028
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path}: cannot be read ({error}). Give a JSONL file of saved replies.") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise StudyError(f"{where}: is no JSON ({error}). Write one object a line.") from None
+        problem = _problem(row)
+        if problem:
+            raise StudyError(f"{where}: {problem}.")
+        system = row.get("system") or stem
+        theirs = rows.setdefault(system, {})
+        if str(row["id"]) in theirs:
+            raise StudyError(
+                f"{where}: {system} has answered {row['id']!r} already. Keep one of the two; if these are two systems "
+                "whose files have one name, give them as NAME=FILE."
+            )
+        theirs[str(row["id"])] = row
+
+
+def _problem(row) -> str | None:
+    """What is wrong with a line, if anything is."""
+    if not isinstance(row, dict):
+        return "is no object with id, prompt and reply"
+    if not isinstance(row.get("id"), str | int):
+        return f"its id is {row.get('id')!r} and must be a string"
+    if not isinstance(row.get("reply"), str):
+        return f"its reply is {row.get('reply')!r} and must be a string"
+    if not isinstance(row.get("system", ""), str):
+        return f"its system is {row['system']!r} and must be a string"
+    prompt = row.get("prompt")
+    if not isinstance(prompt, list) or not prompt:
+        return "its prompt must be a list of messages"
+    for message in prompt:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str | list):
+            return f"a message of its prompt has no content: {message!r}"
+        if isinstance(message["content"], list) and not all(isinstance(part, dict) for part in message["content"]):
+            return f"the content of a message of its prompt must be text or a list of objects: {message!r}"
+    return None
+
+
+def text_of(message: dict) -> str:
+    """What is said in a message."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return " ".join(part["text"] for part in content if part.get("text"))
+
+
+def media_of(message: dict) -> dict[str, str]:
+    """The files of a message: {"audio": path, "video": path}, of which any may be missing."""
+    if isinstance(message["content"], str):
+        return {}
+    return {
+        part["type"]: part["path"]
+        for part in message["content"]
+        if part.get("type") in ("audio", "video") and part.get("path")
+    }
+
+
+def spoken(prompt: list[dict]) -> list[dict]:
+    """The messages that somebody said: all but the system's."""
+    return [message for message in prompt if message.get("role") != "system"]
+
+
+def _said(prompt: list[dict]) -> list[tuple]:
+    return [(message.get("role"), text_of(message).strip()) for message in spoken(prompt)]
+
+
+def _clips(prompt: list[dict]) -> int:
+    return sum(bool(media_of(message)) for message in prompt)
