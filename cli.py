@@ -3,14 +3,38 @@
 import argparse
 import sys
 
-from empathic.commands import chat, counter, evaluate, merge, prepare, prepare_features, push, quickstart, study, train
+from empathic.commands import (
+    chat,
+    counter,
+    evaluate,
+    merge,
+    prepare,
+    prepare_features,
+    push,
+    push_metric,
+    quickstart,
+    study,
+    train,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line's parser."""
     parser = argparse.ArgumentParser(prog="empathic", description="An audio-visual chatbot that hears how it is said.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (quickstart, prepare, prepare_features, counter, train, evaluate, study, merge, push, chat):
+    for module in (
+        quickstart,
+        prepare,
+        prepare_features,
+        counter,
+        train,
+        evaluate,
+        study,
+        merge,
+        push,
+        push_metric,
+        chat,
+    ):
         module.add(commands)
     return parser
 

@@ -240,7 +240,7 @@ def push_files(
         files: by their path in the repository: where each lies, or its content.
         stale: what is removed in the same commit, where `files` does not bring it.
         repo_id, private, token, revision, commit_message: see `push_dataset`.
-        repo_type: `dataset` or `model`.
+        repo_type: `dataset`, `model` or `space` (one that gradio runs).
         needs: id of a model that must be on the Hub before.
 
     Returns:
@@ -258,7 +258,8 @@ def push_files(
     with _explained(api, repo_id):
         if needs is not None:
             api.model_info(needs)
-        url = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
+        sdk = "gradio" if repo_type == "space" else None
+        url = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=sdk)
         repo_id = url.repo_id
         info = api.repo_info(repo_id, repo_type=repo_type)
         if info.private is not private:

@@ -2,7 +2,10 @@
 
 Each is a pure function of two lists, row by row. Every score lies between 0 and 1, except `emotion_score` (-1 to 1),
 and more is better. A reply that is empty or no string has no emotion and no words: `emotion_score`, `dist_1` and
-`corpus_dist_1` raise a ValueError that names its row. The other metrics count an empty prediction as wrong.
+`corpus_dist_1` raise a ValueError that names its row, unless `allow_empty` says that it scores 0. The other metrics
+count an empty prediction as wrong.
+
+Those that are modules of `evaluate` too are computed in `modules/`, beside their definition.
 """
 
 import re
@@ -10,124 +13,79 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 
 import numpy as np
-from sacrebleu.metrics import BLEU
 
 from empathic.configuration_empathic import EMOTIONS
+from empathic.evaluation.modules.bleu.ngram_overlap import bleu, bleu_counts, bleu_of_counts
+from empathic.evaluation.modules.checked_texts import check_lengths, check_pairs, check_texts
+from empathic.evaluation.modules.dist_n.diversity import (
+    corpus_dist_n,
+    dist_n_scores,
+    mean_dist_n,
+    tokens_of,
+)
+from empathic.evaluation.modules.emotion_accuracy import confusion
+from empathic.evaluation.modules.emotion_score.emotion_similarity import cosine, emotion_scores
 
-# A word with its apostrophes and hyphens, or else any single mark; an underscore is a mark.
-_TOKEN = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*|[^\s\w]|_")
+__all__ = [
+    "accuracy",
+    "bleu",
+    "bleu_counts",
+    "bleu_of_counts",
+    "check_pairs",
+    "check_texts",
+    "content_recall",
+    "corpus_dist_1",
+    "corpus_dist_n",
+    "cosine",
+    "dist_1",
+    "dist_n_scores",
+    "emotion_score",
+    "emotion_scores",
+    "exact_match",
+    "mean_dist_n",
+    "tokens_of",
+    "word_recall",
+    "words_of",
+]
+
 _WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
 
 
-def check_texts(texts: Sequence[str], name: str, allow_empty: bool = False) -> None:
-    """Raises a ValueError that names the row if `texts` is empty, or holds a value that is empty or no string."""
-    if isinstance(texts, str) or not isinstance(texts, Sequence):
-        raise ValueError(f"{name} is {texts!r}; give a list of strings.")
-    if not texts:
-        raise ValueError(f"{name} is an empty list; give at least one string.")
-    for row, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(f"{name}, row {row}: {text!r} is not a string.")
-        if not allow_empty and not text.strip():
-            raise ValueError(f"{name}, row {row}: the text is empty ({text!r}). Leave the row out, and say so.")
-
-
-def _check_pairs(predictions: Sequence[str], references: Sequence[str], allow_empty: bool = True) -> None:
-    check_texts(predictions, "predictions", allow_empty)
-    check_texts(references, "references")
-    if len(predictions) != len(references):
-        raise ValueError(f"There are {len(predictions)} predictions but {len(references)} references.")
-
-
-def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Row by row cosine (n,) of vectors `a` and `b` (n, dim) of length 1, such as `EmotionFeatures.encode` gives."""
-    return np.clip(np.einsum("nd,nd->n", a, b, dtype=np.float64), -1.0, 1.0)
-
-
-def emotion_score(predictions: Sequence[str], references: Sequence[str], features) -> float:
+def emotion_score(
+    predictions: Sequence[str], references: Sequence[str | Sequence[str]], features, allow_empty: bool = False
+) -> float:
     """
-    EmotionScore (Sec. 4.4): do a reply and the true reply carry the same emotion?
+    EmotionScore (Sec. 4.4): the mean of `emotion_scores`.
 
-    The cosine of the features of each reply and its reference by a RoBERTa trained on GoEmotions, averaged over the
-    rows. The paper does not say which features; print `features.description` beside the score.
-
-    Args:
-        predictions: the replies.
-        references: the true replies.
-        features: an `EmotionFeatures`.
-
-    Returns:
-        from -1 to 1; 1 if every reply has the features of its reference.
+    The paper does not say which features it takes; print `features.description` beside the score.
 
     Example: features (1, 0) and (0.6, 0.8) for the replies, (1, 0) and (1, 0) for the references: (1 + 0.6) / 2 = 0.8.
     """
-    _check_pairs(predictions, references, allow_empty=False)
-    vectors = features.encode([*predictions, *references])
-    return float(cosine(vectors[: len(predictions)], vectors[len(predictions) :]).mean())
+    return float(emotion_scores(predictions, references, features, allow_empty).mean())
 
 
-def tokens_of(text: str) -> list[str]:
-    """The 1-grams of Dist-1: lower-case words, and each punctuation mark by itself."""
-    return _TOKEN.findall(text.lower())
-
-
-def dist_1(predictions: Sequence[str]) -> float:
+def dist_1(predictions: Sequence[str], allow_empty: bool = False) -> float:
     """
     Dist-1 as the paper reports it (Sec. 4.4; Li et al., 2016): unique 1-grams / 1-grams of each reply, averaged.
 
-    The paper's values (Table 1) are possible a reply at a time only: over a whole corpus words repeat. Tokens are
-    lower-case words and punctuation marks (`tokens_of`). Short replies score high: compare it at similar lengths.
-
-    Returns:
-        above 0, to 1.
+    The paper's values (Table 1) are possible a reply at a time only: over a whole corpus words repeat. Short replies
+    score high: compare it at similar lengths. See `dist_n_scores`.
 
     Example: "no, no, no!" has the tokens no , no , no ! of which 3 of 6 are unique; "i see" has 2 of 2. Together 0.75.
     """
-    check_texts(predictions, "predictions")
-    replies = [tokens_of(text) for text in predictions]
-    return float(np.mean([len(set(reply)) / len(reply) for reply in replies]))
+    return mean_dist_n(predictions, 1, allow_empty)
 
 
-def corpus_dist_1(predictions: Sequence[str]) -> float:
-    """
-    Dist-1 of all replies taken together (Li et al., 2016): unique 1-grams / 1-grams of the whole list.
-
-    It falls as the list grows: compare lists of the same size. Tokens as in `dist_1`.
-
-    Returns:
-        above 0, to 1.
-
-    Example: "i see" twice: 2 unique of 4 tokens, 0.5 (where `dist_1` gives 1.0).
-    """
-    check_texts(predictions, "predictions")
-    tokens = [token for text in predictions for token in tokens_of(text)]
-    return len(set(tokens)) / len(tokens)
+def corpus_dist_1(predictions: Sequence[str], allow_empty: bool = False) -> float:
+    """Dist-1 of all replies taken together; see `corpus_dist_n`."""
+    return corpus_dist_n(predictions, 1, allow_empty)
 
 
-def bleu(predictions: Sequence[str], references: Sequence[str], order: int = 4) -> float:
-    """
-    BLEU-1 to BLEU-4 of the corpus (Table 8; Papineni et al., 2002), by sacrebleu.
-
-    Cumulative with equal weights: BLEU-n is the geometric mean of the precisions of 1- to n-grams, times the brevity
-    penalty. Case counts; tokenisation `13a`; exponential smoothing, which only plays a part where no n-gram of a length
-    matches in the whole corpus.
-
-    Args:
-        predictions: the texts; an empty one matches nothing.
-        references: one a text.
-        order: the longest n-grams, 1 to 4.
-
-    Returns:
-        0 to 1 (sacrebleu prints 0 to 100).
-
-    Example: order 1, "the old cat" for "the old dog": 2 of 3 words match, and it is not too short: 0.667.
-    """
-    _check_pairs(predictions, references)
-    if order not in (1, 2, 3, 4):
-        raise ValueError(f"order is {order!r}; BLEU is taken from 1 to 4.")
-    metric = BLEU(max_ngram_order=order, tokenize="13a", smooth_method="exp", lowercase=False, effective_order=False)
-    score = metric.corpus_score(list(predictions), [list(references)]).score / 100
-    return min(score, 1.0)  # the geometric mean of ones may come out a rounding above one
+def _check_pairs(predictions: Sequence[str], references: Sequence[str]) -> None:
+    """One reference a row; an empty prediction is wrong rather than an error."""
+    check_texts(predictions, "predictions", allow_empty=True)
+    check_texts(references, "references")
+    check_lengths(predictions, references)
 
 
 def words_of(text: str) -> list[str]:
@@ -208,35 +166,6 @@ def accuracy(predictions: Sequence[str], references: Sequence[str], labels: Sequ
     """
     Accuracy of named emotions (Fig. 6), with each class's recall and the confusion.
 
-    Args:
-        predictions: what was named; case and white space around it do not count. What is none of `labels` is wrong, and
-            counts as "other" in the confusion.
-        references: the true labels.
-        labels: all labels.
-
-    Returns:
-        `accuracy` (0 to 1), `recall` ({label: 0 to 1, or None for a label that no reference has}), `mean_recall` (over
-        the labels that occur; unlike accuracy it does not reward naming the most frequent one), `confusion` ({true
-        label: {named label or "other": count}}).
-
-    Raises:
-        ValueError: for a reference that is none of `labels`, naming its row.
-
-    Example: happy, sad, sad named for happy, happy, sad: accuracy 2/3, recall of happy 1/2, of sad 1.
+    As `modules/emotion_accuracy/confusion.py` has it, with the seven emotions as labels; an empty prediction is wrong.
     """
-    _check_pairs(predictions, references)
-    confusion = {label: dict.fromkeys([*labels, "other"], 0) for label in labels}
-    for row, (named, true) in enumerate(zip(predictions, references, strict=True)):
-        if true not in confusion:
-            raise ValueError(f"references, row {row}: {true!r} is not one of {', '.join(labels)}.")
-        named = named.strip().lower()
-        confusion[true][named if named in confusion else "other"] += 1
-    totals = {label: sum(counts.values()) for label, counts in confusion.items()}
-    recall = {label: confusion[label][label] / totals[label] if totals[label] else None for label in labels}
-    present = [value for value in recall.values() if value is not None]
-    return {
-        "accuracy": sum(confusion[label][label] for label in labels) / len(references),
-        "recall": recall,
-        "mean_recall": sum(present) / len(present),
-        "confusion": confusion,
-    }
+    return confusion.accuracy(predictions, references, labels)

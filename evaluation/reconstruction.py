@@ -12,7 +12,6 @@ import json
 import platform
 import random
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ import transformers
 from empathic.data_prep.views import conversations
 from empathic.evaluation.generation import generate_texts
 from empathic.evaluation.metrics import bleu, content_recall, exact_match, words_of
+from empathic.evaluation.modules.bertscore.bert_similarity import BertScore
 from empathic.trainers.samples import rebuild_sample
 
 PUBLISHED = {"dataset": "MultiDialog, test_freq", "bleu1": 0.848, "bleu4": 0.679, "bertscore": 0.969}  # Table 8
@@ -176,51 +176,6 @@ def content_words_of(texts: list[str]) -> set[str]:
     """The words of the texts that are none of `FUNCTION_WORDS`."""
     words = {word for text in texts for word in words_of(text)}
     return {word for word in words if word.replace("’", "'") not in FUNCTION_WORDS}
-
-
-class BertScore:
-    """
-    BERTScore (Zhang et al., 2020) by the bert-score package: F1, without idf weights and without a baseline.
-
-    Args:
-        model: Hub id or folder of a model.
-        layer: whose vectors are compared; by default the one that bert-score proposes for a model that it knows.
-        device, batch_size: where to run, and texts at once.
-
-    Raises:
-        RuntimeError: where the package or the model is not to be had, with the reason.
-    """
-
-    def __init__(self, model: str, layer: int | None = None, device: str = "cpu", batch_size: int = 32):
-        try:
-            import bert_score
-            from bert_score.utils import model2layers
-        except ImportError as error:
-            raise RuntimeError(f"the package bert-score is not installed ({error}); pip install bert-score") from error
-        if layer is None:
-            layer = model2layers.get(model)
-        if layer is None:
-            raise RuntimeError(f"bert-score knows no layer for {model}; give one, such as --bertscore_layer 17")
-        try:
-            self._scorer = bert_score.BERTScorer(
-                model_type=model, num_layers=layer, device=device, batch_size=batch_size
-            )
-        except (OSError, ValueError, AssertionError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise RuntimeError(f"its model {model}, layer {layer}, cannot be loaded ({reason})") from error
-        # A tokenizer that states no length would let texts through that the model has no positions for.
-        tokenizer, config = self._scorer._tokenizer, self._scorer._model.config
-        before = config.pad_token_id + 1 if "roberta" in config.model_type else 0  # positions that RoBERTas leave out
-        tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings - before)
-        self.description = f"bert-score {version('bert-score')}, {model}, layer {layer}, F1, no idf, no baseline"
-
-    def score(self, answers: list[str], expected: list[str]) -> float:
-        """Mean F1, at most 1; an empty answer counts 0."""
-        said = [place for place, answer in enumerate(answers) if answer.strip()]
-        if not said:
-            return 0.0
-        f1 = self._scorer.score([answers[i] for i in said], [expected[i] for i in said])[2]
-        return float(f1.double().clamp(max=1.0).sum()) / len(answers)
 
 
 def evaluate_reconstruction(model, processor, rows, options: ReconstructionOptions) -> tuple[dict, list[dict]]:

@@ -1,43 +1,39 @@
-"""What the stages taught: emotion accuracy (Fig. 6), replies and rewards (Table 2)."""
+"""Tables of text, and the rows of the quickstart: replies and rewards (Table 2)."""
 
 from pathlib import Path
 
-from empathic.evaluation.generation import generate_texts
-from empathic.evaluation.metrics import accuracy, dist_1, emotion_score
+from empathic.evaluation.metrics import dist_1, emotion_score
 from empathic.trainers.epo_config import EPOConfig
 from empathic.trainers.epo_trainer import EPOTrainer
-from empathic.trainers.samples import clip_message
-
-# Rows of Fig. 6: text always, media on top.
-EMOTION_SETTINGS = {"T": (), "AT": ("audio",), "VT": ("video",), "AVT": ("audio", "video")}
 
 
-def emotion_table(model, processor, rows, batch_size: int = 64) -> dict[str, float]:
-    """
-    Accuracy of the emotion named for labelled turn rows, from the sentence alone and with sound, picture or both.
-
-    Args:
-        rows: turn rows with an emotion, a sentence, sound and picture.
-    """
-    expected = [row["emotion"] for row in rows]
-    table = {}
-    for setting, modalities in EMOTION_SETTINGS.items():
-        conversations = [[clip_message(row, modalities)] for row in rows]
-        answers = generate_texts(
-            model, processor, conversations, "emotion", max_new_tokens=8, batch_size=batch_size, description=setting
+def table(header: list[str], rows: list[list]) -> str:
+    """A plain text table; numbers with three places."""
+    cells = [header] + [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    numeric = [any(isinstance(row[i], (int, float)) for row in rows) for i in range(len(header))]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = [
+        "  ".join(
+            c.ljust(w) if i == 0 or not numeric[i] else c.rjust(w)
+            for i, (c, w) in enumerate(zip(r, widths, strict=True))
         )
-        table[setting] = accuracy(answers, expected)["accuracy"]
-    return table
+        for r in cells
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def with_interval(values: dict, mark: str = "") -> str:
+    """`{"mean", "low", "high"}` as text, the ends where there are any: `0.412 [0.398, 0.430]`."""
+    ends = "" if values["low"] is None else f" [{values['low']:.3f}, {values['high']:.3f}]"
+    return f"{values['mean']:.3f}{ends}{mark}"
 
 
 def reply_row(replies: list[str], references: list[str], features) -> dict[str, float]:
     """EmotionScore and Dist-1 of replies (Sec. 4.4); a reply that is empty scores 0 in both."""
-    given = [(reply, reference) for reply, reference in zip(replies, references, strict=True) if reply]
-    if not given:
-        return {"emotion_score": 0.0, "dist1": 0.0}
-    share = len(given) / len(replies)
-    said, expected = map(list, zip(*given, strict=True))
-    return {"emotion_score": share * emotion_score(said, expected, features), "dist1": share * dist_1(said)}
+    return {
+        "emotion_score": emotion_score(replies, references, features, allow_empty=True),
+        "dist1": dist_1(replies, allow_empty=True),
+    }
 
 
 def reward_row(model, processor, pairs, output_dir: str | Path, batch_size: int = 16) -> dict[str, float]:

@@ -19,6 +19,7 @@ COMMANDS = (
     "study",
     "merge",
     "push",
+    "push-metric",
     "chat",
 )
 

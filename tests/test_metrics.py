@@ -8,11 +8,17 @@ import pytest
 from empathic.evaluation.metrics import (
     accuracy,
     bleu,
+    bleu_counts,
+    bleu_of_counts,
     content_recall,
     corpus_dist_1,
+    corpus_dist_n,
     dist_1,
+    dist_n_scores,
     emotion_score,
+    emotion_scores,
     exact_match,
+    mean_dist_n,
     tokens_of,
     word_recall,
     words_of,
@@ -37,6 +43,15 @@ def test_emotion_score_is_the_mean_cosine_of_each_pair():
     assert emotion_score(["joy", "grief"], ["glee", "joy"], features) == pytest.approx((0.6 - 1) / 2)
 
 
+def test_emotion_scores_take_the_most_similar_reference_and_give_an_empty_reply_0():
+    features = FixedFeatures(joy=(1, 0), glee=(0.6, 0.8), grief=(-1, 0))
+    scores = emotion_scores(["joy", " ", "glee"], [["grief", "glee"], "joy", ["glee"]], features, allow_empty=True)
+    assert scores == pytest.approx([0.6, 0.0, 1.0])
+    assert emotion_scores(["", ""], ["joy", "joy"], features, allow_empty=True).tolist() == [0.0, 0.0]
+    with pytest.raises(ValueError, match=r"references, row 1, number 1: the text is empty"):
+        emotion_scores(["joy", "joy"], ["joy", ["joy", ""]], features)
+
+
 def test_tokens_are_lower_case_words_and_marks():
     assert tokens_of("Don't worry, it's OK... naïve_one!") == (
         ["don't", "worry", ",", "it's", "ok", ".", ".", ".", "naïve", "_", "one", "!"]
@@ -49,6 +64,19 @@ def test_dist_1_is_averaged_over_replies_and_corpus_dist_1_is_not():
     assert dist_1(["i see", "i see"]) == 1.0
     assert corpus_dist_1(["i see", "I see"]) == pytest.approx(2 / 4)
     assert dist_1(["!!!!"]) == pytest.approx(1 / 4)
+
+
+def test_dist_n_of_pairs_and_triples():
+    # a b a b: ab ba ab, 2 of 3 different; aba bab, both different
+    assert mean_dist_n(["a b a b"], 2) == 2 / 3 and mean_dist_n(["a b a b"], 3) == 1.0
+    assert corpus_dist_n(["a b a b", "b a", "c"], 2) == 2 / 4
+    scores = dist_n_scores(["a b a b", "c", ""], 2, allow_empty=True)
+    assert scores[0] == 2 / 3 and np.isnan(scores[1]) and scores[2] == 0.0
+    assert mean_dist_n(["a b a b", "c"], 2) == 2 / 3
+    assert dist_1(["a b", ""], allow_empty=True) == 0.5 and corpus_dist_1(["a b", ""], allow_empty=True) == 1.0
+    for metric in (mean_dist_n, corpus_dist_n):
+        with pytest.raises(ValueError, match="No reply has 2 tokens"):
+            metric(["c"], 2)
 
 
 def ngram_precision(predictions, references, n):
@@ -72,6 +100,16 @@ def test_bleu_is_the_geometric_mean_of_corpus_precisions_with_brevity_penalty(or
     penalty = math.exp(1 - 17 / 16)  # 16 words for 17
     expected = penalty * math.exp(sum(map(math.log, precisions)) / order)
     assert bleu(predictions, references, order) == pytest.approx(expected, abs=1e-9)
+
+
+def test_bleu_counts_add_up_over_any_choice_of_rows():
+    predictions = ["my sister sold the piano", "the dog", "", "we met in rome"]
+    references = ["my sister sold the old piano", ["a dog", "the dog of clara"], "no", "we met in oslo"]
+    counts = bleu_counts(predictions, references, 2)
+    assert counts[1].tolist() == [2, 2, 2, 1, 2, 1]  # 2 words for 2; both words and the pair match
+    for rows in ([0, 1, 2, 3], [0, 0, 3], [1, 2]):
+        chosen = [predictions[row] for row in rows], [references[row] for row in rows]
+        assert bleu_of_counts(counts[rows].sum(0)) == bleu(*chosen, 2)
 
 
 def test_bleu_at_its_ends():

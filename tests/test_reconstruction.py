@@ -90,33 +90,6 @@ def roberta(tmp_path_factory):
     return folder
 
 
-def test_bertscore_is_greedy_matching_of_a_layers_vectors(roberta):
-    pytest.importorskip("bert_score")
-    from transformers import AutoModel, AutoTokenizer
-
-    answers, expected = ["hello you", "", "fine"], ["hello there you all", "how", "fine"]
-    tokenizer, model = AutoTokenizer.from_pretrained(roberta), AutoModel.from_pretrained(roberta).eval()
-
-    def vectors(text):
-        with torch.no_grad():
-            inputs = tokenizer(text, return_tensors="pt")
-            hidden = model(**inputs, output_hidden_states=True).hidden_states[2][0]
-        return torch.nn.functional.normalize(hidden, dim=-1)
-
-    cosines = vectors(answers[0]) @ vectors(expected[0]).T
-    # The ends of a text may be matched, but do not count.
-    precision, recall = cosines.max(1).values[1:-1].mean(), cosines.max(0).values[1:-1].mean()
-    by_hand = [2 * precision * recall / (precision + recall), 0.0, 1.0]
-    scorer = r.BertScore(roberta, layer=2)
-    assert scorer.score(answers, expected) == pytest.approx(float(sum(by_hand)) / 3, abs=1e-5)
-    assert scorer.score(["", " "], ["a", "b"]) == 0.0
-    assert scorer.score(["hello " * 90], ["hello " * 99]) == pytest.approx(1.0)  # cut to the model's positions
-    assert "layer 2" in scorer.description and roberta in scorer.description
-    for layer, sentence in ((None, "give one, such as --bertscore_layer"), (9, "layer 9, cannot be loaded")):
-        with pytest.raises(RuntimeError, match=sentence):
-            r.BertScore(roberta, layer)
-
-
 def test_the_command_writes_table_texts_and_examples(base_folder, recordings, roberta, tmp_path, capsys):
     pytest.importorskip("bert_score")
     out = tmp_path / "out"

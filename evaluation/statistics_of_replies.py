@@ -1,0 +1,354 @@
+"""How sure a score is: bootstrap confidence intervals, and whether two systems differ on the same prompts.
+
+Replies within a conversation are alike, so conversations are drawn, not replies; without ids each reply stands for one.
+A metric is either the mean of scores a reply (EmotionScore, Dist-1, BERTScore, accuracy), which is computed for all
+draws at once, or any function of rows (BLEU, corpus Dist-1, mean recall), which is called once a draw:
+
+    mean_interval(scores, conversations)
+    compare_means(ours, theirs, conversations)
+
+    counts = bleu_counts(predictions, references)
+    metric_interval(lambda rows: bleu_of_counts(counts[rows].sum(0)), len(predictions), conversations)
+
+The interval is the bias-corrected and accelerated bootstrap (BCa; Efron, 1987), or the plain percentiles. The p-value
+is that of a paired permutation test, two-sided: under the null hypothesis the two systems may change places in any
+conversation. Same seed, same numbers.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+METHODS = ("bca", "percentile")
+AT_ONCE = 2**22  # drawn numbers held at once
+_NORMAL = NormalDist()
+
+Metric = Callable[[np.ndarray], float]  # rows (n,) of int, some of them several times -> the metric of these rows
+
+
+@dataclass(frozen=True)
+class Interval:
+    """
+    A metric with its confidence interval.
+
+    Args:
+        value: the metric of all rows.
+        low, high: ends of the interval; `value` itself where no draw gives another one.
+        confidence: how often such an interval holds the true value, 0 to 1.
+        rows, conversations: how many there are.
+        method: `bca` or `percentile`.
+        resamples, seed: how many draws, and from which seed.
+    """
+
+    value: float
+    low: float
+    high: float
+    confidence: float
+    rows: int
+    conversations: int
+    method: str
+    resamples: int
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """
+    Two systems on the same prompts.
+
+    Args:
+        a, b: the metric of each.
+        difference: `a - b` with its confidence interval.
+        p_value: how often a difference at least as large, in either direction, comes about when the systems change
+            places at random.
+        permutations: how many such exchanges were tried.
+        exact: whether these were all that there are.
+    """
+
+    a: float
+    b: float
+    difference: Interval
+    p_value: float
+    permutations: int
+    exact: bool
+
+    def __str__(self) -> str:
+        return f"{self.a:.3f} - {self.b:.3f} = {self.difference}, p = {self.p_value:.4f}"
+
+
+# ------------------------------------------------------------------------------------------------------------ intervals
+
+
+def mean_interval(
+    scores: Sequence[float],
+    conversations: Sequence[Hashable] | None = None,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+    method: str = "bca",
+) -> Interval:
+    """
+    The mean of scores with its confidence interval.
+
+    Args:
+        scores: of each reply.
+        conversations: id of the conversation that each reply stands in; without it each is one by itself.
+        confidence: of the interval, 0 to 1.
+        resamples: how often conversations are drawn, as many as there are, with replacement.
+        seed: of the draws.
+        method: `bca` (median bias and skewness corrected; the default) or `percentile`.
+
+    Raises:
+        ValueError: for a score that is no finite number, naming its row, lists of unequal length, fewer than two
+            conversations, or options that are out of range.
+
+    Example: scores 0 and 1 of one conversation and 1 of another: 2/3. A draw gives 1/2, 2/3 or 1.
+    """
+    scores = _check_scores(scores, "scores")
+    groups = _groups(len(scores), conversations)
+    sums = _sums(scores, groups)
+    return _interval(lambda drawn: _mean_of(drawn, sums), len(scores), groups, confidence, resamples, seed, method)
+
+
+def metric_interval(
+    metric: Metric,
+    rows: int,
+    conversations: Sequence[Hashable] | None = None,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+    method: str = "bca",
+) -> Interval:
+    """
+    Any metric of a corpus with its confidence interval.
+
+    Args:
+        metric: a function of the numbers of rows, some of them several times.
+        rows: how many rows there are.
+        conversations, confidence, resamples, seed, method: as in `mean_interval`. The metric is called once a resample,
+            and under `bca` once more for each conversation.
+
+    Raises:
+        ValueError: as `mean_interval`, and for a metric that is no finite number.
+    """
+    groups = _groups(rows, conversations)
+    return _interval(_over_rows(metric, groups), rows, groups, confidence, resamples, seed, method)
+
+
+# ---------------------------------------------------------------------------------------------------------- two systems
+
+
+def compare_means(
+    a: Sequence[float],
+    b: Sequence[float],
+    conversations: Sequence[Hashable] | None = None,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+    method: str = "bca",
+) -> Comparison:
+    """
+    Two systems by the mean of their scores, of the same prompts in the same order.
+
+    Args:
+        a, b: the scores of each reply.
+        conversations, confidence, resamples, seed, method: as in `mean_interval`; `resamples` also counts the
+            permutations. Where there are no more than that, all are tried and the p-value is exact.
+
+    Raises:
+        ValueError: as `mean_interval`.
+
+    Example: a = (1, 1), b = (0, 0), two conversations: of the 4 exchanges 2 give a difference of 1 or -1, so p = 0.5.
+    """
+    a, b = _check_scores(a, "a"), _check_scores(b, "b")
+    if len(a) != len(b):
+        raise ValueError(f"There are {len(a)} scores of a but {len(b)} of b; compare replies to the same prompts.")
+    difference = mean_interval(
+        a - b, conversations, confidence=confidence, resamples=resamples, seed=seed, method=method
+    )
+    sums = _sums(a - b, _groups(len(a), conversations))[0]
+
+    def differences(swapped: np.ndarray) -> np.ndarray:  # (permutations, conversations) bool -> (permutations,)
+        return np.where(swapped, -1.0, 1.0) @ sums / len(a)
+
+    p_value, tried, exact = _permutation_test(differences, len(sums), resamples, seed)
+    return Comparison(float(a.mean()), float(b.mean()), difference, p_value, tried, exact)
+
+
+def compare_metric(
+    metric: Metric,
+    rows: int,
+    conversations: Sequence[Hashable] | None = None,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+    method: str = "bca",
+) -> Comparison:
+    """
+    Two systems by any metric of a corpus, of the same prompts in the same order.
+
+    Args:
+        metric: a function of the numbers of rows of both systems' replies, one list after the other: row `i` is the
+            first system's reply to prompt `i`, row `rows + i` the second one's.
+        rows: how many prompts there are.
+        conversations, confidence, resamples, seed, method: as in `compare_means`. The metric is called twice a resample
+            and twice a permutation.
+
+    Raises:
+        ValueError: as `mean_interval`, and for a metric that is no finite number.
+
+    Example: `counts = bleu_counts([*ours, *theirs], [*references, *references])`, then
+    `compare_metric(lambda rows: bleu_of_counts(counts[rows].sum(0)), len(ours))`.
+    """
+    groups = _groups(rows, conversations)
+    checked = _finite(metric)
+
+    def subtracted(chosen: np.ndarray) -> float:
+        return checked(chosen) - checked(rows + chosen)
+
+    difference = _interval(_over_rows(subtracted, groups), rows, groups, confidence, resamples, seed, method)
+    every, group_of = np.arange(rows), np.empty(rows, dtype=np.int64)
+    for group, members in enumerate(groups):
+        group_of[members] = group
+
+    def differences(swapped: np.ndarray) -> np.ndarray:
+        result = []
+        for row in swapped[:, group_of]:
+            result.append(checked(every + rows * row) - checked(every + rows * ~row))
+        return np.array(result)
+
+    p_value, tried, exact = _permutation_test(differences, len(groups), resamples, seed)
+    return Comparison(checked(every), checked(rows + every), difference, p_value, tried, exact)
+
+
+# --------------------------------------------------------------------------------------------------------------- checks
+
+
+def _check_scores(scores: Sequence[float], name: str) -> np.ndarray:
+    values = np.asarray(scores, dtype=np.float64)
+    if values.ndim != 1:
+        raise ValueError(f"{name} has the shape {values.shape}; give one number a reply.")
+    wrong = np.flatnonzero(~np.isfinite(values))
+    if len(wrong):
+        raise ValueError(f"{name}, row {wrong[0]}: {values[wrong[0]]} is no finite number; leave the row out.")
+    return values
+
+
+def _groups(rows: int, conversations: Sequence[Hashable] | None) -> list[np.ndarray]:
+    """The rows of each conversation, in the order in which the conversations first come."""
+    if conversations is None:
+        conversations = range(rows)
+    if len(conversations) != rows:
+        raise ValueError(f"There are {rows} rows but {len(conversations)} ids of conversations.")
+    members: dict[Hashable, list[int]] = {}
+    for row, name in enumerate(conversations):
+        members.setdefault(name, []).append(row)
+    if len(members) < 2:
+        raise ValueError(f"There is {len(members)} conversation; how far such differ, at least two are needed to tell.")
+    return [np.array(found) for found in members.values()]
+
+
+def _finite(metric: Metric) -> Metric:
+    def checked(rows: np.ndarray) -> float:
+        value = float(metric(rows))
+        if not np.isfinite(value):
+            raise ValueError(f"The metric is {value} for {len(rows)} rows; it must be a finite number for any choice.")
+        return value
+
+    return checked
+
+
+# ------------------------------------------------------------------------------------------------------------- the sums
+
+
+def _sums(scores: np.ndarray, groups: list[np.ndarray]) -> np.ndarray:
+    """(2, conversations): sum of the scores, and number of rows, of each."""
+    return np.array([[scores[members].sum() for members in groups], [len(members) for members in groups]])
+
+
+def _mean_of(drawn: np.ndarray, sums: np.ndarray) -> np.ndarray:
+    """(draws, conversations) numbers of conversations -> (draws,) mean over their rows."""
+    return sums[0][drawn].sum(-1) / sums[1][drawn].sum(-1)
+
+
+def _over_rows(metric: Metric, groups: list[np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    checked = _finite(metric)
+
+    def over(drawn: np.ndarray) -> np.ndarray:
+        return np.array([checked(np.concatenate([groups[number] for number in row])) for row in drawn])
+
+    return over
+
+
+def _interval(statistic, rows: int, groups, confidence, resamples, seed, method) -> Interval:
+    """`statistic` takes (draws, conversations) numbers of conversations and gives (draws,) values."""
+    if method not in METHODS:
+        raise ValueError(f"The method {method!r} is not one of {', '.join(METHODS)}.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"The confidence is {confidence}; give a share between 0 and 1, such as 0.95.")
+    if resamples < 1:
+        raise ValueError(f"There are to be {resamples} resamples; give 1 or more.")
+    number = len(groups)
+    value = float(statistic(np.arange(number)[None])[0])
+    rng, values = np.random.default_rng(seed), []
+    step = max(1, AT_ONCE // number)
+    for start in range(0, resamples, step):
+        values.append(statistic(rng.integers(0, number, (min(step, resamples - start), number))))
+    values = np.concatenate(values)
+    ends = ((1 - confidence) / 2, (1 + confidence) / 2)
+    if method == "bca":
+        ends = _bca_ends(value, values, statistic, number, ends)
+    low, high = np.quantile(values, ends)
+    return Interval(value, float(low), float(high), confidence, rows, number, method, resamples, seed)
+
+
+def _bca_ends(value, values, statistic, number, ends) -> tuple[float, float]:
+    """Which quantiles of the draws make up the interval (Efron and Tibshirani, 1993, Eq. 14.10)."""
+    below = (np.mean(values < value) + np.mean(values <= value)) / 2
+    if not 0 < below < 1:  # all draws on one side: a bias that cannot be corrected, or no spread at all
+        return ends
+    without = []  # the value with each conversation left out
+    step = max(1, AT_ONCE // number)
+    for start in range(0, number, step):
+        left_out = np.arange(start, min(start + step, number))[:, None]
+        others = np.arange(number - 1)[None]
+        without.append(statistic(others + (others >= left_out)))
+    apart = np.mean(np.concatenate(without)) - np.concatenate(without)
+    spread = (apart**2).sum() ** 1.5
+    acceleration = (apart**3).sum() / (6 * spread) if spread > 0 else 0.0
+    bias = _NORMAL.inv_cdf(below)
+    shifted = [bias + _NORMAL.inv_cdf(end) for end in ends]
+    return tuple(_NORMAL.cdf(bias + shift / (1 - acceleration * shift)) for shift in shifted)
+
+
+def _permutation_test(differences, number: int, resamples: int, seed: int) -> tuple[float, int, bool]:
+    """
+    The two-sided p-value of `differences`, which takes (permutations, conversations) of bool: who changes places.
+
+    Returns:
+        the p-value, how many permutations were tried, and whether these were all.
+    """
+    observed = abs(differences(np.zeros((1, number), dtype=bool))[0])
+    at_least = observed * (1 - 1e-9) - 1e-12  # the same difference summed up in another order
+    exact = number < 63 and 2**number <= resamples
+    tried = 2**number if exact else resamples
+    rng, hits = np.random.default_rng(seed), 0
+    step = max(1, AT_ONCE // number)
+    for start in range(0, tried, step):
+        stop = min(start + step, tried)
+        if exact:
+            swapped = (np.arange(start, stop)[:, None] >> np.arange(number)) & 1 == 1
+        else:
+            swapped = rng.random((stop - start, number)) < 0.5
+        hits += int((np.abs(differences(swapped)) >= at_least).sum())
+    # What was observed is one of the permutations: drawn ones get it added, so that no p-value is 0.
+    return (hits / tried if exact else (hits + 1) / (tried + 1)), tried, exact
