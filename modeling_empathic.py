@@ -1,7 +1,5 @@
 """PyTorch model: CLIP and Whisper seen through Q-formers, MambaCompressor for the history, a causal LM that answers."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 from transformers import (
@@ -14,99 +12,32 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import can_return_tuple
 
 from .composition_empathic import CompositionMixin
 from .configuration_empathic import EmpathicConfig
+from .features_empathic import audio_position_mask, check_exclusive, encode_frames, encode_sound, first_given
 from .memory_empathic import MambaCompressor, MemoryState, Projector
+from .outputs_empathic import EmpathicCausalLMOutputWithPast, EmpathicModelOutputWithPast
 
 # Inputs that are turned into vectors of the prompt; decoding steps with a cache need them no more.
 MEDIA_KEYS = (
     "pixel_values_videos",
     "video_features",
     "video_mask",
+    "video_embeds",
     "input_features",
     "input_features_mask",
     "audio_features",
     "audio_features_mask",
+    "audio_embeds",
     "memory_input_ids",
     "memory_attention_mask",
     "memory_embeds",
 )
-
-
-@dataclass
-class EmpathicModelOutputWithPast(BaseModelOutputWithPast):
-    r"""
-    video_hidden_states, audio_hidden_states (`torch.FloatTensor`, *optional*):
-        The vectors of the clips there are `(clips, num_query_tokens, hidden_size)`, in the LLM's embedding space.
-    memory_hidden_states (`torch.FloatTensor` of shape `(num_utterances, hidden_size)`, *optional*):
-        The memory vectors, in batch order, then utterance order.
-    """
-
-    video_hidden_states: torch.FloatTensor | None = None
-    audio_hidden_states: torch.FloatTensor | None = None
-    memory_hidden_states: torch.FloatTensor | None = None
-
-
-@dataclass
-class EmpathicCausalLMOutputWithPast(ModelOutput):
-    r"""
-    loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is provided):
-        Language modeling loss (next-token prediction).
-    logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
-        Scores of the vocabulary; `sequence_length` is what `logits_to_keep` left.
-    past_key_values (`Cache`, *optional*):
-        The LLM's key-value cache.
-    """
-
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor] | None = None
-    attentions: tuple[torch.FloatTensor] | None = None
-    video_hidden_states: torch.FloatTensor | None = None
-    audio_hidden_states: torch.FloatTensor | None = None
-    memory_hidden_states: torch.FloatTensor | None = None
-
-
-def encode_frames(vision_tower: nn.Module, pixels: torch.FloatTensor) -> torch.FloatTensor:
-    """What the vision tower sees at each patch of frames `(frames, 3, height, width)`: `(frames, patches, width)`."""
-    return vision_tower(pixels.to(vision_tower.dtype)).last_hidden_state
-
-
-def encode_sound(audio_tower: nn.Module, input_features: torch.FloatTensor) -> torch.FloatTensor:
-    """
-    What the audio tower hears at each position, two mel frames long: `(batch, positions, width)`.
-
-    Args:
-        audio_tower: Whisper's encoder.
-        input_features: `(batch, mel, time)`; `time` is a whole number of Whisper windows, which are encoded one by one.
-
-    Raises:
-        ValueError: for another number of time steps.
-    """
-    batch, mel, time = input_features.shape
-    window = 2 * audio_tower.config.max_source_positions
-    if time % window:
-        raise ValueError(f"input_features has {time} time steps, not a whole number of windows of {window}.")
-    windows = input_features.reshape(batch, mel, -1, window).transpose(1, 2).flatten(0, 1)
-    hidden = audio_tower(windows.to(audio_tower.dtype)).last_hidden_state
-    return hidden.reshape(batch, time // 2, -1)
-
-
-def audio_position_mask(input_features_mask: torch.LongTensor) -> torch.BoolTensor:
-    """Mask `(..., time / 2)` of the encoder's positions within a clip: its second convolution halves time."""
-    return input_features_mask.bool()[..., ::2]
-
-
-def check_exclusive(first: str, first_value, second: str, second_value) -> None:
-    """Raises a ValueError unless exactly one of the two inputs is given."""
-    if (first_value is None) == (second_value is None):
-        raise ValueError(f"Give exactly one of {first} and {second}.")
 
 
 class EmpathicPreTrainedModel(PreTrainedModel):
@@ -302,7 +233,8 @@ class EmpathicModel(EmpathicPreTrainedModel):
     ) -> torch.BoolTensor:
         """
         Mask `(batch_size, sequence_length, 1)` of a modality's placeholders; raises a ValueError with both counts
-        where a row's placeholders are not as many as its vectors, `counts` `(batch_size,)`.
+        where a row's placeholders are not as many as its vectors, `counts` `(batch_size,)`. A text of one row may hold
+        the prompts of several rows of media, one after the other: then their sums must agree.
         """
         if input_ids is not None:
             mask = input_ids == token_id
@@ -310,6 +242,8 @@ class EmpathicModel(EmpathicPreTrainedModel):
             token = torch.tensor(token_id, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
         placeholders = mask.sum(dim=1)
+        if len(placeholders) == 1:
+            counts = counts.sum(dim=0, keepdim=True)
         if not torch.equal(placeholders, counts.to(placeholders)):
             raise ValueError(
                 f"The {modality} placeholders in the prompts and the {modality} vectors do not match, row by row: "
@@ -328,10 +262,12 @@ class EmpathicModel(EmpathicPreTrainedModel):
         pixel_values_videos: torch.FloatTensor | None = None,
         video_features: torch.FloatTensor | None = None,
         video_mask: torch.LongTensor | None = None,
+        video_embeds: torch.FloatTensor | None = None,
         input_features: torch.FloatTensor | None = None,
         input_features_mask: torch.LongTensor | None = None,
         audio_features: torch.FloatTensor | None = None,
         audio_features_mask: torch.LongTensor | None = None,
+        audio_embeds: torch.FloatTensor | None = None,
         memory_input_ids: torch.LongTensor | None = None,
         memory_attention_mask: torch.LongTensor | None = None,
         memory_embeds: torch.FloatTensor | None = None,
@@ -340,6 +276,10 @@ class EmpathicModel(EmpathicPreTrainedModel):
         r"""
         memory_embeds (`torch.FloatTensor` of shape `(batch_size, utterances, hidden_size)`, *optional*):
             Memory vectors computed before, right-padded, instead of `memory_input_ids`.
+        video_embeds, audio_embeds (`torch.FloatTensor` of shape `(clips, num_query_tokens, hidden_size)`, *optional*):
+            The vectors of the clips there are, in batch order, computed before, instead of the clips.
+
+        `input_ids` of one row may hold the prompts of several rows of media, one after the other (packing).
 
         The other media inputs are those of `get_video_features`, `get_audio_features` and `get_memory_features`. A row
         whose mask is all zero lacks that modality and must have no placeholder for it.
@@ -352,7 +292,11 @@ class EmpathicModel(EmpathicPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
         video = audio = memory = None
-        if pixel_values_videos is not None or video_features is not None:
+        if video_embeds is not None:
+            check_exclusive("video_embeds", video_embeds, "a clip", first_given(pixel_values_videos, video_features))
+            video = video_embeds
+            inputs_embeds = self._place_clips(self.config.video_token_id, input_ids, inputs_embeds, video, "video")
+        elif pixel_values_videos is not None or video_features is not None:
             check_exclusive("pixel_values_videos", pixel_values_videos, "video_features", video_features)
             key, values = "pixel_values_videos", pixel_values_videos
             if video_features is not None:
@@ -360,7 +304,11 @@ class EmpathicModel(EmpathicPreTrainedModel):
             video, counts = self._encode_present(self.get_video_features, key, values, "video_mask", video_mask)
             mask = self.get_placeholder_mask(self.config.video_token_id, input_ids, inputs_embeds, counts, "video")
             inputs_embeds = self._place(inputs_embeds, mask, video[: (counts > 0).sum()].flatten(0, 1))
-        if input_features is not None or audio_features is not None:
+        if audio_embeds is not None:
+            check_exclusive("audio_embeds", audio_embeds, "a clip", first_given(input_features, audio_features))
+            audio = audio_embeds
+            inputs_embeds = self._place_clips(self.config.audio_token_id, input_ids, inputs_embeds, audio, "audio")
+        elif input_features is not None or audio_features is not None:
             check_exclusive("input_features", input_features, "audio_features", audio_features)
             key, values, mask = "input_features", input_features, input_features_mask
             if audio_features is not None:
@@ -432,6 +380,19 @@ class EmpathicModel(EmpathicPreTrainedModel):
             rows, masks = values[chosen], mask[chosen]
         counts = mask.any(dim=1).long() * self.config.num_query_tokens
         return encode(**{key: rows, mask_key: masks}).pooler_output, counts
+
+    def _place_clips(self, token_id, input_ids, inputs_embeds, vectors, modality):
+        """Vectors (clips, queries, width) of the rows that have a clip, into their placeholders."""
+        clips, queries = vectors.shape[:2]
+        has_clip = torch.arange(len(inputs_embeds), device=vectors.device) < clips
+        counts = has_clip.new_tensor([clips * queries], dtype=torch.long)
+        if len(has_clip) > 1:
+            if input_ids is not None:
+                found = (input_ids == token_id).any(dim=1)
+                has_clip = found if found.sum() == clips else has_clip
+            counts = has_clip.long() * queries
+        mask = self.get_placeholder_mask(token_id, input_ids, inputs_embeds, counts, modality)
+        return self._place(inputs_embeds, mask, vectors.flatten(0, 1))
 
     @staticmethod
     def _place(inputs_embeds, mask, vectors):
@@ -518,10 +479,12 @@ class EmpathicForConditionalGeneration(CompositionMixin, EmpathicPreTrainedModel
         pixel_values_videos: torch.FloatTensor | None = None,
         video_features: torch.FloatTensor | None = None,
         video_mask: torch.LongTensor | None = None,
+        video_embeds: torch.FloatTensor | None = None,
         input_features: torch.FloatTensor | None = None,
         input_features_mask: torch.LongTensor | None = None,
         audio_features: torch.FloatTensor | None = None,
         audio_features_mask: torch.LongTensor | None = None,
+        audio_embeds: torch.FloatTensor | None = None,
         memory_input_ids: torch.LongTensor | None = None,
         memory_attention_mask: torch.LongTensor | None = None,
         memory_embeds: torch.FloatTensor | None = None,
@@ -550,10 +513,12 @@ class EmpathicForConditionalGeneration(CompositionMixin, EmpathicPreTrainedModel
             pixel_values_videos=pixel_values_videos,
             video_features=video_features,
             video_mask=video_mask,
+            video_embeds=video_embeds,
             input_features=input_features,
             input_features_mask=input_features_mask,
             audio_features=audio_features,
             audio_features_mask=audio_features_mask,
+            audio_embeds=audio_embeds,
             memory_input_ids=memory_input_ids,
             memory_attention_mask=memory_attention_mask,
             memory_embeds=memory_embeds,

@@ -1,5 +1,6 @@
 """EPOTrainer on the multimodal model, with a real clip: batches, the loss, and what a run changes."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,176 @@ def test_multimodal_loss_is_that_of_its_rows_one_by_one(tmp_path, model, process
     expected = torch.log1p(torch.exp(0.5 - 2 * (chosen - rejected))).mean() + sum(sums[::2]) / sum(counts[::2])
     torch.testing.assert_close(loss.detach(), expected, atol=1e-5, rtol=0)
     assert metrics["rewards/margins"] == pytest.approx((2 * (chosen - rejected)).mean().item(), abs=1e-5)
+
+
+def test_clips_and_memory_are_computed_once_a_pair(tmp_path, model, processor, conversations):
+    """And loss and gradients are those of two padded rows a pair, each with its own clips."""
+    model.requires_grad_(False)
+    model.model.language_model.requires_grad_(True)
+    trainer = EPOTrainer(model, config(tmp_path), processing_class=processor)
+    batch = trainer.data_collator(conversations)
+    batch["input_features"][[1, 5]] += 1  # all rows' clip is the same
+    seen = {"vision_tower": [], "audio_qformer": [], "memory": [], "language_model": []}
+    for name, calls in seen.items():
+        getattr(model.model, name).register_forward_hook(
+            lambda module, args, kwargs, output, calls=calls: calls.append(
+                next(value for value in [*args, *kwargs.values()] if torch.is_tensor(value)).shape[0]
+            ),
+            with_kwargs=True,
+        )
+    results = []
+    for packs, share in ((True, True), (True, False), (False, False)):
+        trainer._packs, trainer.args.share_prompt = packs, share
+        model.zero_grad()
+        loss = trainer.compute_loss(model, batch)
+        loss.backward()
+        results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    frames = processor.num_frames
+    assert seen["vision_tower"] == [frames, 2 * frames, 2 * frames]
+    assert seen["audio_qformer"] == [2, 4, 4]
+    assert seen["memory"] == [4, 8, 8]
+    for loss, gradients in results[:2]:
+        torch.testing.assert_close(loss, results[2][0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(gradients, results[2][1], atol=1e-5, rtol=1e-4)
+
+
+def test_pairs_of_two_prompts_are_not_taken_for_one(tmp_path, model, processor, conversations):
+    """A collator of one's own may give each reply another prompt and clip."""
+    model.eval()
+    trainer = EPOTrainer(model, config(tmp_path), processing_class=processor)
+    batch = trainer.data_collator(conversations[:1])
+    batch["pixel_values_videos"][1] += 1
+    batch["input_ids"][1, 0] += 1
+    with torch.no_grad():
+        loss = trainer.compute_loss(model, batch)
+        trainer._packs = False
+        expected = trainer.compute_loss(model, batch)
+        batch["pixel_values_videos"][1] -= 1
+        other = trainer.compute_loss(model, batch)
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
+    assert abs(other - expected) > 1e-4
+
+
+def counted_calls(model) -> dict[str, int]:
+    """How often each frozen part runs from now on."""
+    counts = dict.fromkeys(("vision_tower", "audio_tower", "video_qformer", "audio_qformer", "memory"), 0)
+
+    def count(name):
+        def hook(*args):
+            counts[name] += 1
+
+        return hook
+
+    for name in counts:
+        getattr(model.model, name).register_forward_hook(count(name))
+    return counts
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_frozen_outputs_are_computed_once_for_all_epochs(tmp_path, model, processor, conversations, share):
+    """The run is that without them: frames are evenly spaced here, so no epoch has others."""
+    losses, evaluations = [], []
+    for gib in (0.0, 1.0):
+        trainer = EPOTrainer(
+            copy.deepcopy(model),
+            config(
+                tmp_path,
+                cache_frozen_gib=gib,
+                share_prompt=share,
+                per_device_train_batch_size=2,
+                per_device_eval_batch_size=3,
+                num_train_epochs=2,
+                logging_steps=1,
+                eval_strategy="epoch",
+                dataloader_num_workers=gib > 0,
+            ),
+            train_dataset=conversations,
+            eval_dataset=conversations[1:],
+            processing_class=processor,
+            data_collator=PreferenceCollator(processor, frame_draws=0),
+            peft_config=LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|v_proj)"),
+        )
+        counts = counted_calls(trainer.model.get_base_model())
+        trainer.train()
+        history = trainer.state.log_history
+        losses.append([log["loss"] for log in history if "loss" in log])
+        evaluations.append([log["eval_loss"] for log in history if "eval_loss" in log])
+        assert history[-1]["left_out_pairs"] == 1
+        rows = trainer.train_dataset.frozen
+    # Four rows in two batches of 3, and three rows in one, whatever the epochs; a tower runs once a batch.
+    assert set(counts.values()) == {3}
+    assert "broken.mp4" in rows[3]["left_out"] and set(rows[3]) == {"left_out"}
+    assert rows[0]["video"].shape == rows[1]["audio"].shape == (processor.num_query_tokens, rows[0]["memory"].shape[1])
+    assert rows[1]["video"] is None and len(rows[0]["memory"]) == 2 and len(rows[2]["memory"]) == 0
+    prompt, _ = trainer.data_collator.prompt_and_target(trainer.train_dataset[0])  # for generation: whole
+    assert prompt["video"][0].shape[0] == processor.num_frames and prompt["memory_input_ids"]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6) and len(losses[0]) == 4
+    assert evaluations[0] == pytest.approx(evaluations[1], abs=1e-6) and len(evaluations[0]) == 2
+
+
+def test_frozen_outputs_have_the_frames_of_the_first_epoch(tmp_path, model, processor, conversations):
+    """Also where a resumed run computes them in a later one; and nothing is computed twice."""
+    model.requires_grad_(False)
+    found = []
+    for epoch in (0, 2):
+        args = config(tmp_path, cache_frozen_gib=1)
+        trainer = EPOTrainer(model, args, train_dataset=conversations[:1], processing_class=processor)
+        trainer.train_dataset.set_epoch(epoch)
+        trainer.compute_frozen(trainer.train_dataset, model)
+        found.append(trainer.train_dataset[0]["frozen"])
+        trainer.compute_frozen(trainer.train_dataset, None)
+    torch.testing.assert_close(found[0], found[1], atol=0, rtol=0)
+    drawn = PairRows(conversations[:1], "train", seed=args.seed)[0]
+    inputs = processor.pad([trainer.data_collator.prompt(drawn)[0]])
+    torch.testing.assert_close(model.eval()(**inputs).video_hidden_states[0], found[0]["video"], atol=1e-6, rtol=0)
+
+
+def test_frozen_outputs_have_bounds(tmp_path, model, processor, conversations):
+    def train(model, **changes):
+        settings = {"max_steps": 1, "per_device_train_batch_size": 1, **changes}
+        EPOTrainer(model, config(tmp_path, **settings), train_dataset=conversations, processing_class=processor).train()
+
+    with pytest.raises(ValueError, match="what makes them trains: video_query_tokens and"):
+        train(model, cache_frozen_gib=1)
+    model.requires_grad_(False)
+    model.model.language_model.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"The vectors of 4 rows would take about .* more than cache_frozen_gib=1e-07"):
+        train(model, cache_frozen_gib=1e-7)
+    with pytest.raises(ValueError, match=r"cache_frozen_gib must .* got -1"):
+        config(tmp_path, cache_frozen_gib=-1)
+    with pytest.raises(ValueError, match="which a text model has not"):
+        text = processor.tokenizer
+        EPOTrainer(model, config(tmp_path, cache_frozen_gib=1), train_dataset=conversations, processing_class=text)
+
+
+def test_vectors_take_the_place_of_clips(model, processor, conversations):
+    """In the model's forward: padded and packed, and with an error if they do not fit the text."""
+    model.eval()
+    prepared = [processor.prepare(row["prompt"]) for row in conversations[:3]]
+    inputs = processor.pad(prepared, padding_side="right")
+    whole = model(**inputs)
+    text = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    memory = torch.zeros(3, 2, whole.memory_hidden_states.shape[1])
+    memory[0] = whole.memory_hidden_states
+    vectors = {"video_embeds": whole.video_hidden_states, "audio_embeds": whole.audio_hidden_states}
+    assert len(vectors["video_embeds"]) == 1 and len(vectors["audio_embeds"]) == 2
+    kept = inputs["attention_mask"].bool()
+    given = model(**text, **vectors, memory_embeds=memory).logits
+    torch.testing.assert_close(given[kept], whole.logits[kept], atol=1e-6, rtol=0)
+
+    # One row of text with all prompts; each then sees those before it, but what is placed is the same.
+    packed = {"input_ids": inputs["input_ids"][kept][None]}
+    encoded = model(**packed, **{key: value for key, value in inputs.items() if key not in text}).logits
+    given = model(**packed, **vectors, memory_embeds=memory[:1]).logits
+    torch.testing.assert_close(given, encoded, atol=1e-6, rtol=0)
+    torch.testing.assert_close(given[0, : len(prepared[0]["input_ids"])], whole.logits[0][kept[0]], atol=1e-5, rtol=0)
+
+    with pytest.raises(ValueError, match=r"audio placeholders .* do not match"):
+        model(**text, video_embeds=vectors["video_embeds"], audio_embeds=vectors["audio_embeds"][:1])
+    with pytest.raises(ValueError, match=r"video placeholders .* do not match"):
+        model(**packed, audio_embeds=vectors["audio_embeds"], memory_embeds=memory[:1])
+    with pytest.raises(ValueError, match="exactly one of video_embeds and a clip"):
+        model(**inputs, video_embeds=vectors["video_embeds"])
 
 
 @pytest.mark.parametrize("settings", [{}, {"activation_checkpointing": True}], ids=str)

@@ -60,12 +60,30 @@ class EPOConfig(TrainingArguments):
         metadata={"help": "Set the model's dropout layers to 0, so that both replies meet the same network."},
     )
 
+    share_prompt: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute a pair's prompt, with its media and memory, once for both replies. In training with "
+            "dropout, where that would change the result, it is not done."
+        },
+    )
+
+    cache_frozen_gib: float = field(
+        default=0.0,
+        metadata={
+            "help": "Compute the audio, video and memory vectors of each row once, before training, and keep up to so "
+            "many GiB of them in each process's main memory. For several epochs: each row then has the frames of its "
+            "first epoch in all of them. 0: off."
+        },
+    )
+
     def __post_init__(self):
         _check_number("learning_rate", self.learning_rate, at_least=0)
         _check_number("beta", self.beta, above=0)
         _check_number("gamma", self.gamma, at_least=0)
         _check_number("nll_weight", self.nll_weight, at_least=0)
         _check_number("epo_weight", self.epo_weight, at_least=0)
+        _check_number("cache_frozen_gib", self.cache_frozen_gib, at_least=0)
         if self.nll_weight == 0 and self.epo_weight == 0:
             raise ValueError("nll_weight and epo_weight are both 0, so there is nothing to train. Raise one of them.")
         if self.max_length is not None and (not _is_whole(self.max_length) or self.max_length < 2):

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import weakref
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +12,17 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback, set_seed
 
 from empathic.trainers.epo_config import EPOConfig
+from empathic.trainers.frozen_outputs import FrozenOutputs, frozen_inputs, is_frozen_key
+from empathic.trainers.log_probabilities import are_log_probabilities, log_probabilities_from
 from empathic.trainers.losses import epo_loss
 from empathic.trainers.preference_collator import IGNORE, PairRows, PreferenceCollator
+from empathic.trainers.shared_prefix import CannotShare, enable_pair_layouts, pack_pairs, why_not_packed
 
 logger = logging.getLogger(__name__)
 
 # What a batch holds beside the model's inputs.
 _NOT_FOR_MODEL = ("labels", "row_ids", "left_out", "logits_to_keep")
+_TEXT = ("input_ids", "attention_mask")
 # What is summed over pairs (nll: over tokens), so that averages weigh every pair the same however they are batched.
 _SUMS = (
     "pairs",
@@ -42,6 +47,11 @@ class EPOTrainer(Trainer):
     accumulation steps. So however the batch is divided, the step is the same; and rows that accelerate repeats to
     fill up the last batch of an epoch count once. On a text model and one batch, loss and gradients are those of TRL's
     experimental CPOTrainer with `loss_type="simpo"`, and so are the names and values that are logged.
+
+    A pair's prompt, with its media and memory, is computed once (`share_prompt`), the pairs of a batch are packed into
+    one row without padding, and the vocabulary is met at the positions alone that predict a reply's token. Where a
+    model cannot do one of these, or sharing would change the result, one line of the log says so, and it is done the
+    usual way: loss and gradients are the same.
 
     Args:
         model: an [`EmpathicForConditionalGeneration`] or any causal language model, or a PEFT model of either.
@@ -92,6 +102,7 @@ class EPOTrainer(Trainer):
                     module.p = 0.0
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(base.forward).parameters
+        self._head, self._decoder = base.get_output_embeddings(), base.get_decoder()
         if data_collator is None:
             data_collator = PreferenceCollator(processing_class, args.max_length, args.history)
         if train_dataset is not None:
@@ -113,7 +124,24 @@ class EPOTrainer(Trainer):
         # get_batch_samples counts tokens and pairs; the Trainer need not count labels too.
         self.model_accepts_loss_kwargs = False
         if train_dataset is not None:
-            self.add_callback(_EpochOfRows(train_dataset))
+            self.add_callback(_BeforeRows(self))
+        self._frozen = None
+        if args.cache_frozen_gib > 0:
+            if not isinstance(data_collator, PreferenceCollator) or not data_collator.is_multimodal:
+                raise ValueError(
+                    "cache_frozen_gib takes a model with clips and memory, which a text model has not, and the rows of "
+                    "a PreferenceCollator."
+                )
+            sizes = None if data_collator.cache is None else data_collator.cache.sizes
+            self._frozen = FrozenOutputs(processing_class, data_collator.prompt, args.cache_frozen_gib, sizes)
+        # What is tried; see _log_probabilities.
+        self._skips_logits, self._trusts_head, self._has_dropout = True, False, None
+        reason = self._why_not_packed()
+        self._packs = reason is None
+        if self._packs:
+            enable_pair_layouts()
+        else:
+            logger.warning("The pairs are padded, and each prompt is computed twice: %s.", reason)
         self._train_sums = self._new_sums()
         self._eval_sums = self._new_sums()
         self._left_out: dict[str, set[int]] = {"train": set(), "eval": set()}
@@ -152,14 +180,9 @@ class EPOTrainer(Trainer):
     def _forward(self, model, inputs: dict) -> dict[str, torch.Tensor]:
         """A batch -> its sums (scalars); see `_SUMS`."""
         inputs = self._prepare_inputs(inputs)
-        model_inputs = {key: value for key, value in inputs.items() if key not in _NOT_FOR_MODEL}
-        if self._takes_logits_to_keep and "logits_to_keep" in inputs:
-            model_inputs["logits_to_keep"] = inputs["logits_to_keep"]
-        logits = model(**model_inputs, use_cache=False).logits[:, :-1]  # (2 * pairs, kept positions, vocabulary)
-        labels = inputs["labels"][:, -logits.shape[1] :]  # (2 * pairs, kept positions), already shifted by one
-        is_target = labels != IGNORE
-        token_logps = _log_probabilities(logits, labels, is_target)
-        summed, lengths = token_logps.sum(1), is_target.sum(1)  # (2 * pairs,)
+        token_logps, lengths = self._log_probabilities(model, inputs)
+        summed = torch.stack([part.sum() for part in token_logps.split(lengths)])  # (2 * pairs,)
+        lengths = torch.tensor(lengths, device=summed.device)
         chosen_logps, rejected_logps = (summed / lengths.clamp(min=1)).chunk(2)  # (pairs,) each
         self._check_finite(chosen_logps, rejected_logps, inputs["row_ids"])
 
@@ -181,6 +204,110 @@ class EPOTrainer(Trainer):
             "logps/rejected": rejected_logps,
         }
         return {name: (values * is_pair).sum() for name, values in per_pair.items()}
+
+    # ---- Log-probabilities ----
+
+    def _why_not_packed(self) -> str | None:
+        """Why pairs cannot be packed; None if they can. Also settles `_skips_logits`."""
+        reason = None
+        if self._head is None:
+            reason = "the model has no head of its own"
+        elif self.args.n_gpu > 1:
+            reason = "torch's DataParallel divides rows; start one process for each GPU instead"
+        elif self.args.torch_compile:
+            reason = "torch_compile wants the same code and shapes each step"
+        elif isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
+            reason = "the adapter writes tokens of its own before the prompt"
+        self._skips_logits = reason is None
+        return reason or why_not_packed(self._decoder)
+
+    def _log_probabilities(self, model, inputs: dict) -> tuple[torch.Tensor, list[int]]:
+        """Of all targets of a batch (targets,), sequence by sequence, and how many each of the 2 * pairs has.
+
+        The fastest way first; one that proves not to work for the model is not tried again.
+        """
+        if self._packs:
+            try:
+                packed = self._packed(model, inputs)
+            except CannotShare as reason:
+                self._packs = False
+                logger.warning("The pairs are padded, and each prompt is computed twice: %s.", reason)
+            else:
+                if packed is not None:
+                    return packed
+        if not self._skips_logits:
+            return self._from_logits(model, inputs)
+        return self._padded(model, inputs) or self._from_logits(model, inputs)
+
+    def _packed(self, model, inputs: dict) -> tuple[torch.Tensor, list[int]] | None:
+        """From one row without padding; None if the head's log-probabilities do not come through."""
+        share = self.args.share_prompt and not (model.training and self._dropout(model))
+        text = inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
+        batch = pack_pairs(*text, share)
+        if share and batch.repeats_prompts and _model_inputs(inputs, but=_TEXT):
+            share, batch = False, pack_pairs(*text, False)  # the prompts, and perhaps their clips, are not the same
+        media = _model_inputs(inputs, but=_TEXT)
+        if share:
+            rows = slice(len(inputs["row_ids"]))
+            media = {key: value[rows] for key, value in media.items()}
+        else:  # in the order of the row: chosen and rejected of each pair
+            sequences = torch.arange(len(inputs["labels"]), device=inputs["labels"].device).view(2, -1).t().flatten()
+            rows = sequences % len(inputs["row_ids"])
+            media = {key: value[sequences] for key, value in media.items()}
+        media |= frozen_inputs(inputs, rows, packed=True)
+        where = (torch.zeros_like(batch.columns), batch.columns)
+        logps = self._call(model, {**media, **batch.inputs}, where, batch.targets)
+        layers, layout = self._decoder.config.num_hidden_layers, batch.inputs["pair_layout"]
+        if layout.attended != layers:
+            count = f"{layout.attended} of {layers} layers of {type(self._decoder).__name__} attend pair by pair"
+            raise CannotShare(layout.obstacle or count)
+        return None if logps is None else (logps, batch.lengths)
+
+    def _padded(self, model, inputs: dict) -> tuple[torch.Tensor, list[int]] | None:
+        """From two padded rows a pair; None if the head's log-probabilities do not come through."""
+        labels = inputs["labels"][:, 1:]
+        where = (labels != IGNORE).nonzero(as_tuple=True)  # each position predicts the token after it
+        logps = self._call(model, _padded_inputs(inputs), where, labels[where])
+        return None if logps is None else (logps, (labels != IGNORE).sum(1).tolist())
+
+    def _call(self, model, model_inputs: dict, where: tuple, targets: torch.Tensor) -> torch.Tensor | None:
+        """The log-probabilities of targets, or None if the model bends them; that is looked at once."""
+        count = len(targets)
+        if not self._trusts_head and count == 0:  # from nothing it could not be told, and all ranks must tell alike
+            where, targets = tuple(index.new_zeros(1) for index in where), targets.new_zeros(1)
+        with log_probabilities_from(self._head, where, targets) as given:
+            logits = model(**model_inputs, use_cache=False).logits
+        if self._trusts_head or are_log_probabilities(logits, given):
+            self._trusts_head = True
+            return logits[:count]
+        self._packs = self._skips_logits = False
+        logger.warning("%s changes the logits of its head, so all of them are computed.", type(self._decoder).__name__)
+        return None
+
+    def _from_logits(self, model, inputs: dict) -> tuple[torch.Tensor, list[int]]:
+        """From the logits of two padded rows a pair."""
+        model_inputs = _padded_inputs(inputs)
+        if self._takes_logits_to_keep and "logits_to_keep" in inputs:
+            model_inputs["logits_to_keep"] = inputs["logits_to_keep"]
+        logits = model(**model_inputs, use_cache=False).logits[:, :-1]  # (2 * pairs, kept positions, vocabulary)
+        labels = inputs["labels"][:, -logits.shape[1] :]  # (2 * pairs, kept positions), already shifted by one
+        is_target = labels != IGNORE
+        selected = logits[is_target]  # (targets, vocabulary)
+        if selected.dtype != torch.float64:
+            selected = selected.float()
+        logps = -F.cross_entropy(selected, labels[is_target], reduction="none")
+        return logps, is_target.sum(1).tolist()
+
+    def _dropout(self, model) -> bool:
+        """Whether the model's dropout is on, so that two runs of a prompt differ. Asked once; one line says so."""
+        if self._has_dropout is None:
+            self._has_dropout = any(_drops(module) for module in model.modules() if module.training)
+            if self._has_dropout:
+                logger.warning(
+                    "The model has dropout, with which a prompt that is computed twice differs each time: in training "
+                    "no prompt is shared. Turn dropout off (disable_dropout) to train faster."
+                )
+        return self._has_dropout
 
     def _check_finite(self, chosen_logps: torch.Tensor, rejected_logps: torch.Tensor, row_ids: torch.Tensor) -> None:
         is_bad = ~torch.isfinite(chosen_logps.detach() + rejected_logps.detach())
@@ -235,6 +362,16 @@ class EPOTrainer(Trainer):
         is_repeat = (position >= remainder).repeat(2).unsqueeze(1)  # (2 * pairs, 1)
         return {**batch, "labels": batch["labels"].masked_fill(is_repeat, IGNORE)}
 
+    def compute_frozen(self, rows: PairRows, model) -> None:
+        """With `cache_frozen_gib`, and unless it was done before: computes what the frozen parts make of the rows."""
+        if self._frozen is None or rows.frozen is not None:
+            return
+        rows.set_epoch(0)  # so a resumed run has the same frames
+        args = self.args
+        rows.frozen = self._frozen.compute(
+            model, rows, self.accelerator, args.per_device_eval_batch_size, args.dataloader_num_workers
+        )
+
     # ---- Evaluation ----
 
     def get_eval_dataloader(self, eval_dataset=None):
@@ -255,6 +392,8 @@ class EPOTrainer(Trainer):
         """As in transformers, but the loss and all metrics are means over the whole set, however it is batched."""
         self._eval_sums = self._new_sums()
         self._left_out["eval"] = set()
+        if self.is_in_train:  # for one evaluation alone it would not pay
+            self.compute_frozen(dataloader.dataset, self.model_wrapped)
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = self._averages_over_ranks(self._eval_sums)
         count = self._report_left_out(metric_key_prefix, dataloader.dataset, "eval")
@@ -314,15 +453,20 @@ class EPOTrainer(Trainer):
         return len(row_ids)
 
 
-class _EpochOfRows(TrainerCallback):
-    """Tells the rows, and the sampler, which epoch it is, before the epoch's first batch is made."""
+class _BeforeRows(TrainerCallback):
+    """Tells the rows, and the sampler, which epoch it is, before the epoch's first batch is made; before all, has what
+    is frozen computed."""
 
-    def __init__(self, rows: PairRows):
-        self.rows = rows
+    def __init__(self, trainer: EPOTrainer):
+        # Weak, for the trainer holds this: in a circle it would outlive its use, and accelerate's state its loaders.
+        self.trainer = weakref.proxy(trainer)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.compute_frozen(self.trainer.train_dataset, self.trainer.model_wrapped)
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         epoch = int(state.epoch or 0)
-        self.rows.set_epoch(epoch)
+        self.trainer.train_dataset.set_epoch(epoch)
         # A resumed epoch's loader, which skips batches, does not hand it on to the sampler of several processes.
         if train_dataloader is not None:
             train_dataloader.set_epoch(epoch)
@@ -333,16 +477,22 @@ def _as_pair_rows(rows, name: str):
     return rows if rows is None or isinstance(rows, str | PairRows) else PairRows(rows, name)
 
 
-def _log_probabilities(logits: torch.Tensor, labels: torch.Tensor, is_target: torch.Tensor) -> torch.Tensor:
-    """(rows, positions, vocabulary), (rows, positions) twice -> log p(label), 0 where there is no target.
+def _model_inputs(inputs: dict, but: tuple[str, ...] = ()) -> dict:
+    return {
+        key: value for key, value in inputs.items() if key not in (*_NOT_FOR_MODEL, *but) and not is_frozen_key(key)
+    }
 
-    Only the targets' logits are raised to fp32: of a long vocabulary, that is most of the memory.
-    """
-    selected = logits[is_target]  # (targets, vocabulary)
-    if selected.dtype != torch.float64:
-        selected = selected.float()
-    logps = -F.cross_entropy(selected, labels[is_target], reduction="none")
-    return logps.new_zeros(labels.shape).masked_scatter(is_target, logps)
+
+def _padded_inputs(inputs: dict) -> dict:
+    """The model's inputs for two padded rows a pair."""
+    rows = torch.arange(len(inputs["row_ids"]), device=inputs["input_ids"].device).repeat(2)
+    return _model_inputs(inputs) | frozen_inputs(inputs, rows, packed=False)
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a module, which may call a function for it (`attention_dropout`, `layerdrop`), drops anything."""
+    rates = [value for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
+    return any(rate > 0 for rate in rates) or (isinstance(module, nn.Dropout) and module.p > 0)
 
 
 def _detached(sums: dict[str, torch.Tensor]) -> torch.Tensor:

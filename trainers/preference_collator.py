@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from empathic.trainers.feature_cache import FeatureCache, FeatureCacheError, MediaDraws
+from empathic.trainers.frozen_outputs import no_entry, stack_entries
 
 COLUMNS = ("prompt", "chosen", "rejected")
 IGNORE = -100  # the label of a token that is no target
@@ -21,6 +22,8 @@ class PairRows(Dataset):
     `sampling_seed` is (seed, epoch, row_id) in training and None in evaluation. All that is random in a row, such as
     which video frames it shows, is drawn from that seed alone. So a row gives the same tensors on whichever rank,
     worker or place in a batch it is made, and a resumed run goes on exactly as the unbroken one would have.
+
+    With `frozen`, the entries of [`FrozenOutputs`], an item also carries its own as `frozen`.
     """
 
     def __init__(self, rows: Sequence[dict], name: str, seed: int | None = None):
@@ -41,6 +44,7 @@ class PairRows(Dataset):
         self.rows = rows
         self.name = name
         self.seed = seed
+        self.frozen: list[dict] | None = None
         # In shared memory, because workers that outlive an epoch must see it change.
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
@@ -52,7 +56,8 @@ class PairRows(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         seed = None if self.seed is None else (self.seed, int(self._epoch), int(index))
-        return {**self.rows[index], "row_id": int(index), "sampling_seed": seed}
+        row = {**self.rows[index], "row_id": int(index), "sampling_seed": seed}
+        return row if self.frozen is None else {**row, "frozen": self.frozen[index]}
 
 
 class PreferenceCollator:
@@ -68,7 +73,8 @@ class PreferenceCollator:
     - `logits_to_keep`: int, the positions from the end whose logits the loss needs.
     - `left_out`: list of (row id, reason). A pair that is longer than `max_length`, or whose media cannot be read,
       keeps its place in the batch as two tokens without a label. So every rank always has a batch to run.
-    - with a processor: all media and memory keys of `processor.pad`, for 2 * pairs rows.
+    - with a processor: all media and memory keys of `processor.pad`, for 2 * pairs rows; for rows with a `frozen`
+      entry the tensors of `stack_entries` in their place, for pairs rows.
 
     Args:
         processing_class: an [`EmpathicProcessor`], or the tokenizer of a text model.
@@ -105,6 +111,7 @@ class PreferenceCollator:
             ValueError: a row is not a preference row (its id and keys are named).
         """
         pairs, left_out, row_ids = [], [], []
+        is_frozen = any("frozen" in row for row in rows)
         for position, row in enumerate(rows):
             row_id = row.get("row_id", position)
             row_ids.append(row_id)
@@ -114,8 +121,10 @@ class PreferenceCollator:
             pairs.append(pair or self._empty_pair())
 
         # The prompts' media and memory are made for `pairs` rows and repeated in the last line, nowhere else.
-        shared = {}
-        if self.is_multimodal:
+        shared, frozen = {}, {}
+        if is_frozen:
+            frozen = stack_entries([pair["prompt"] for pair in pairs])
+        elif self.is_multimodal:
             sizes = None if self.cache is None else self.cache.sizes
             prompts = [pair["prompt"] for pair in pairs]
             shared = self.processor.pad(prompts, all_modalities=True, feature_sizes=sizes)
@@ -125,13 +134,19 @@ class PreferenceCollator:
             **self._pad(sequences),
             "row_ids": torch.tensor(row_ids),
             "left_out": left_out,
+            **frozen,
             **{key: torch.cat([value, value]) for key, value in shared.items()},
         }
 
+    def prompt(self, row: dict) -> tuple[dict | None, str]:
+        """The prompt alone, as `EmpathicProcessor.prepare` gives it, and ""; or None and why the row is left out."""
+        pair, reason = self._encode(row, row.get("row_id", 0))
+        return (None if pair is None else pair["prompt"]), reason
+
     def prompt_and_target(self, row: dict) -> tuple[dict, str] | None:
         """The prompt alone, as `EmpathicProcessor.prepare` gives it, and the chosen reply; None for a row that is left
-        out. Only with a processor."""
-        pair, _ = self._encode(row, row.get("row_id", 0))
+        out. Only with a processor. The clips are read, also for a row with a `frozen` entry: this is for generation."""
+        pair, _ = self._encode({key: value for key, value in row.items() if key != "frozen"}, row.get("row_id", 0))
         if pair is None:
             return None
         chosen = row["chosen"]
@@ -159,23 +174,25 @@ class PreferenceCollator:
     def _encode(self, row: dict, row_id: int) -> tuple[dict | None, str]:
         """A row -> {"prompt", "chosen", "rejected"}, or None and the reason why the pair is left out."""
         check_row(row, row_id)
-        seed = row.get("sampling_seed")
+        seed, frozen = row.get("sampling_seed"), row.get("frozen", {})
+        if "left_out" in frozen:
+            return None, frozen["left_out"]
         row = {column: _without_none(row[column]) for column in COLUMNS}
         prompt = None
         if isinstance(row["prompt"], str):
             prompt_ids = self._ids(row["prompt"])
             if self.is_multimodal:
-                prompt = {**_NO_MEDIA, "input_ids": prompt_ids}
+                prompt = frozen or {**_NO_MEDIA, "input_ids": prompt_ids}
             replies = [self._after_text(prompt_ids, row["prompt"] + row[side], self._bos()) for side in COLUMNS[1:]]
         elif self.is_multimodal:
             # Frames are sampled at random in training and evenly in evaluation.
             messages, generator = row["prompt"], None
             try:
-                if self.cache is not None:
+                if not frozen and self.cache is not None:
                     messages = self.cache.fill(messages, seed)
-                else:
+                elif not frozen:
                     generator = self.media_draws.generator(messages, seed)
-                prompt = self.processor.prepare(messages, history=self.history, generator=generator)
+                prompt = frozen or self.processor.prepare(messages, history=self.history, generator=generator)
             except FeatureCacheError:  # a clip that the cache should have
                 raise
             except (ValueError, OSError) as error:  # a clip that cannot be read must not end a long run
@@ -201,7 +218,7 @@ class PreferenceCollator:
     def _empty_pair(self) -> dict:
         """Stands in for a pair that is left out: two tokens, none of them a target."""
         ids = [self.tokenizer.eos_token_id] * 2
-        prompt = {**_NO_MEDIA, "input_ids": ids} if self.is_multimodal else None
+        prompt = {**_NO_MEDIA, **no_entry(ids)} if self.is_multimodal else None
         return {"prompt": prompt, "chosen": (ids, len(ids)), "rejected": (ids, len(ids))}
 
     def _ids(self, text: str) -> list[int]:

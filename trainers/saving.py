@@ -29,6 +29,7 @@ from empathic.composition_empathic import (
 from empathic.trainers.checkpoint import UNFINISHED, StageRecord
 from empathic.trainers.model_card import kept_card, quality
 from empathic.trainers.monitor import Monitored, NamedSamples
+from empathic.trainers.packed_rows import PackedLoss
 from empathic.trainers.pushing import HubPushing
 
 COMPLETE_FILE = "checkpoint_complete.json"  # the last file of a checkpoint; a folder without it is none
@@ -357,5 +358,5 @@ class StageSaving(HubPushing):
         scatter(model, {keys[key]: tensor for key, tensor in tensors.items()})
 
 
-class StageTrainer(StageSaving, Monitored, NamedSamples, Trainer):
+class StageTrainer(StageSaving, Monitored, NamedSamples, PackedLoss, Trainer):
     """`transformers.Trainer` for the supervised stages."""
