@@ -490,7 +490,6 @@ class EmpathicForConditionalGeneration(CompositionMixin, EmpathicPreTrainedModel
         memory_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        labelled_logits_only: bool = False,
         **kwargs,
     ) -> EmpathicCausalLMOutputWithPast:
         r"""
@@ -498,9 +497,6 @@ class EmpathicForConditionalGeneration(CompositionMixin, EmpathicPreTrainedModel
             Targets of the next-token loss; -100 is ignored.
         logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
             How many last positions, or which positions, go through the head; 0 keeps all.
-        labelled_logits_only (`bool`, *optional*, defaults to `False`):
-            With `labels`: only the positions that have a target go through the head, for the same loss; `logits` are
-            then `(targets of the batch, vocab_size)`.
 
         The other inputs are those of [`EmpathicModel.forward`].
         """
@@ -524,14 +520,11 @@ class EmpathicForConditionalGeneration(CompositionMixin, EmpathicPreTrainedModel
             memory_embeds=memory_embeds,
             **kwargs,
         )
-        hidden, loss = outputs.last_hidden_state, None
-        targets, size = None, self.config.text_config.vocab_size
-        if labelled_logits_only and labels is not None:
-            there = labels[:, 1:] != -100
-            hidden, labels, targets = hidden[:, :-1][there], None, labels[:, 1:][there]
-        logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep) if targets is None else hidden)
-        if labels is not None or targets is not None:
-            loss = self.loss_function(logits=logits, labels=labels, shift_labels=targets, vocab_size=size, **kwargs)
+        loss = None
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        if labels is not None:
+            size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, **kwargs)
         return EmpathicCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -72,17 +72,20 @@ def model_flops(model, stage: str, shapes: Shapes) -> dict[str, float]:
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     body, config = model.model, model.config
-    text, rows, length = config.text_config, shapes.rows(stage), shapes.length(stage)
+    text, samples, length = config.text_config, shapes.batch_size, shapes.length(stage)
     memory_trains = any(parameter.requires_grad for parameter in body.memory.parameters())
 
     width = text.num_attention_heads * getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
-    attention = 3 * 4.0 * rows * length**2 * width * text.num_hidden_layers
-    flops = {"language model": _products(body.language_model.modules(), rows * length, gradient=True) + attention}
+    # Of a pair's row, the second reply attends to all.
+    scores = samples * (length**2 + (shapes.reply * (length + shapes.reply) if stage == "epo" else 0))
+    attention = 3 * 4.0 * scores * width * text.num_hidden_layers
+    positions = shapes.positions(stage)
+    flops = {"language model": _products(body.language_model.modules(), positions, gradient=True) + attention}
     flops["head"] = _products([model.lm_head], shapes.logits(stage), gradient=True)
 
-    memory, tokens = body.memory, rows * shapes.memory_length
+    memory, tokens = body.memory, samples * shapes.memory_length
     flops["memory"] = _products(memory.mamba.modules(), tokens, gradient=memory_trains)
-    flops["memory"] += _products(memory.projector.modules(), rows * shapes.turns, gradient=memory_trains)
+    flops["memory"] += _products(memory.projector.modules(), samples * shapes.turns, gradient=memory_trains)
     mamba = config.memory_config
     if mamba.model_type == "mamba":  # Mamba-2's scan is left out
         scan = (SCAN_OPERATIONS * mamba.state_size + 2 * mamba.conv_kernel) * mamba.intermediate_size

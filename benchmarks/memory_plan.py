@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 from empathic.benchmarks.shapes import Shapes
+from empathic.trainers.log_probabilities import CHUNK_BYTES
 
 GIB = 2**30
 SIZES = {"24 GB": 24, "48 GB": 48, "80 GB": 80, "141 GB": 140}  # GiB of cards that are sold by these names
 CONTEXT = 1.0  # GiB that CUDA and its libraries hold beside the tensors
 USABLE = 0.95  # share of the memory that can be filled before fragments are too small
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-LOGIT_BYTES = 14  # bytes of an entry of the logits at their peak: bf16, fp32, log-softmax and two gradients
 MAMBA_KEPT, MAMBA_WORK = 40, 30  # bytes of a token and inner channel: kept for backward, and passing
-SCAN_BLOCK = {"cuda": 2**25, "cpu": 2**19}  # elements of a block of the scan, as in memory_empathic
+SCAN_BLOCK = {"cuda": 2**25, "cpu": 2**19}  # elements of a block of the scan, as in scan_empathic
 NF4_BITS = 4 + 32 / 64  # of a weight in 4 bit: its own, and its share of a block's scale
 
 
@@ -127,7 +127,7 @@ def plan(
     """
     config = model.config
     text, mamba = config.text_config, config.memory_config
-    positions, tokens = shapes.rows(stage) * shapes.length(stage), shapes.rows(stage) * shapes.memory_length
+    positions, tokens = shapes.positions(stage), shapes.batch_size * shapes.memory_length
     gradients, optimizer = trained_bytes(model)
 
     kept, work = layer_bytes(model, width)
@@ -145,17 +145,22 @@ def plan(
     each = 4 * mamba.hidden_size if checkpointing else MAMBA_KEPT * inner
     memory = tokens * mamba.num_hidden_layers * each if trains else 0
 
+    # A chunk of logits as they come and in fp32, and a gradient for each target's hidden state.
+    targets = shapes.logits(stage)
+    chunk = min(targets, max(8, CHUNK_BYTES[device] // (4 * text.vocab_size)))
+    logits = chunk * text.vocab_size * (4 if width == 4 else 4 + width) + targets * text.hidden_size * width
+
     frames = shapes.rows(stage) * shapes.frames * 3 * config.vision_config.image_size**2
     sound = shapes.rows(stage) * config.audio_config.num_mel_bins * 2 * config.audio_config.max_source_positions
     return MemoryPlan(
         weights=weight_bytes(model, in_4bit),
         gradients=gradients,
         optimizer=optimizer,
-        batch=4 * (frames + sound) + 8 * (3 * positions + 2 * tokens),
+        batch=4 * (frames + sound) + 8 * (3 * shapes.rows(stage) * shapes.length(stage) + 2 * tokens),
         casts=gradients // 2 if width == 2 else 0,  # autocast's bf16 copies of what trains in fp32
         checkpoints=int(checkpoints),
         layer=int(layer),
-        logits=LOGIT_BYTES * shapes.logits(stage) * text.vocab_size,
+        logits=int(logits),
         memory=int(memory),
         memory_layer=int(memory_layer),
     )

@@ -31,8 +31,10 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, set_
 from empathic.benchmarks.flops import model_flops, peak_tflops
 from empathic.benchmarks.memory_plan import GIB, SIZES, LiveMemory, largest_batches, parameters_by_part, plan
 from empathic.benchmarks.shapes import Shapes, build, make_batch, prepare, preset_config
+from empathic.benchmarks.step_costs import CPU_ATTENTION
 from empathic.trainers.epo_config import EPOConfig
 from empathic.trainers.epo_trainer import EPOTrainer
+from empathic.trainers.packed_rows import PackedLoss
 from empathic.trainers.stages import LORA_STAGES, StageConfig
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -64,12 +66,15 @@ class Numbers(Dataset):
 
 
 class StepMeter(TrainerCallback):
-    """Times each step, forward to update, with the device idle at both ends; counts operations in the last one."""
+    """
+    Times each step, forward to update, with the device idle at both ends. In one more step it counts operations, and on
+    a CPU in another one live tensors: the counter's hooks keep what checkpoints would let go.
+    """
 
     def __init__(self, model, steps: int):
         self.model, self.steps = model, steps
         self.seconds: list[float] = []
-        self.counter = FlopCounterMode(display=False)
+        self.counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
         self.live: LiveMemory | None = None
         self._start = 0.0
 
@@ -81,21 +86,25 @@ class StepMeter(TrainerCallback):
         self._wait()
         if state.global_step == self.steps:
             self.counter.__enter__()
-            if self.model.device.type == "cpu":
-                held = [*self.model.parameters(), *self.model.buffers()]
-                states = [value for entry in optimizer.state.values() for value in entry.values()]
-                self.live = LiveMemory([*held, *(value for value in states if torch.is_tensor(value))])
-                self.live.__enter__()
+        elif state.global_step > self.steps and self.model.device.type == "cpu":
+            held = [*self.model.parameters(), *self.model.buffers()]
+            states = [value for entry in optimizer.state.values() for value in entry.values()]
+            self.live = LiveMemory([*held, *(value for value in states if torch.is_tensor(value))])
+            self.live.__enter__()
         self._start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
         self._wait()
         if state.global_step <= self.steps:
             self.seconds.append(time.perf_counter() - self._start)
-            return
-        if self.live is not None:
+        elif state.global_step == self.steps + 1:
+            self.counter.__exit__(None, None, None)
+        elif self.live is not None:
             self.live.__exit__(None, None, None)
-        self.counter.__exit__(None, None, None)
+
+
+class SupervisedTrainer(PackedLoss, Trainer):
+    """The loss of the supervised stages, without what surrounds it."""
 
 
 def stand_in_tokenizer() -> PreTrainedTokenizerFast:
@@ -106,8 +115,8 @@ def stand_in_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_trainer(model, stage: str, recipe: dict, options: argparse.Namespace, shapes: Shapes, folder: str):
     """The stage's trainer over made batches."""
-    steps = WARM_UP + options.steps + 1  # operations are counted in the last, which is slower
-    kind, trainer = (EPOConfig, EPOTrainer) if stage == "epo" else (StageConfig, Trainer)
+    steps = WARM_UP + options.steps + 2  # operations and live tensors are counted in the last two, which are slower
+    kind, trainer = (EPOConfig, EPOTrainer) if stage == "epo" else (StageConfig, SupervisedTrainer)
     args = kind(
         output_dir=folder,
         per_device_train_batch_size=shapes.batch_size,
@@ -153,7 +162,7 @@ def measure(stage: str, recipe: dict, options: argparse.Namespace, shapes: Shape
         "training_loss": loss,
         "seconds_per_step": seconds,
         "step_seconds": meter.seconds,
-        "tokens_per_second": shapes.rows(stage) * shapes.length(stage) / seconds,
+        "tokens_per_second": shapes.positions(stage) / seconds,
         "target_tokens_per_second": shapes.rows(stage) * shapes.target(stage) / seconds,
         "peak_memory_gib": (torch.cuda.max_memory_allocated() if is_cuda else meter.live.peak) / GIB,
         "reserved_memory_gib": torch.cuda.max_memory_reserved() / GIB if is_cuda else None,

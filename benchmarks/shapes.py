@@ -95,7 +95,7 @@ class Shapes:
 
     def clips(self, stage: str) -> int:
         """Clips that are encoded; a batch without any encodes one, so that every process runs every module."""
-        return 1 if stage.startswith("memory") else self.rows(stage)
+        return 1 if stage.startswith("memory") else self.batch_size
 
     def target(self, stage: str) -> int:
         """Target tokens of a row: a reply, or all utterances."""
@@ -106,9 +106,13 @@ class Shapes:
         media = 0 if stage.startswith("memory") else 2 * self.queries + self.sentence
         return self.prompt + self.turns + media + self.target(stage)
 
+    def positions(self, stage: str) -> int:
+        """Positions that the language model runs; the two replies of a pair share their prompt."""
+        return self.batch_size * (self.length(stage) + (self.reply if stage == "epo" else 0))
+
     def logits(self, stage: str) -> int:
-        """Positions of the batch that go through the head; EPO keeps one more a row than it needs."""
-        return self.rows(stage) * (self.target(stage) + (stage == "epo"))
+        """Positions of the batch that go through the head."""
+        return self.rows(stage) * self.target(stage)
 
 
 def build(config: EmpathicConfig, dtype: torch.dtype, device: str) -> EmpathicForConditionalGeneration:
@@ -122,6 +126,7 @@ def prepare(model: EmpathicForConditionalGeneration, stage: str, recipe: dict):
     freeze_for_stage(model, stage)
     if stage in LORA_STAGES:
         lora = {key: recipe[key] for key in ("lora_r", "lora_alpha", "lora_dropout") if key in recipe}
+        lora |= {"lora_dropout": 0.0} if stage == "epo" else {}  # EPOTrainer turns it off
         adapter = get_peft_config(ModelConfig(use_peft=True, **lora))
         adapter.target_modules = lora_targets(model, None)
         with torch.device(model.device):
@@ -136,6 +141,7 @@ def make_batch(config: EmpathicConfig, stage: str, shapes: Shapes, seed: int = 0
     """A batch as the stage's collator gives it, with random ids and media."""
     generator = torch.Generator().manual_seed(seed)
     rows, length, target = shapes.rows(stage), shapes.length(stage), shapes.target(stage)
+    samples = shapes.batch_size
 
     def draw(high: int, *size: int) -> torch.Tensor:
         return torch.randint(IDS, high, size, generator=generator)
@@ -149,25 +155,24 @@ def make_batch(config: EmpathicConfig, stage: str, shapes: Shapes, seed: int = 0
     if has_clip:
         ids[:, start : start + shapes.queries] = config.audio_token_id
         ids[:, start + shapes.queries : start + 2 * shapes.queries] = config.video_token_id
+    ids[samples:, : length - target] = ids[: rows - samples, : length - target]  # the prompt of a pair's two replies
     labels = ids.clone()
     labels[:, : length - target] = IGNORE
 
-    memory = draw(config.memory_config.vocab_size, rows, shapes.memory_length)
+    memory = draw(config.memory_config.vocab_size, samples, shapes.memory_length)
     memory[:, shapes.memory_length // shapes.turns - 1 :: shapes.memory_length // shapes.turns] = config.mem_token_id
     size, time = config.vision_config.image_size, 2 * config.audio_config.max_source_positions
-    there = torch.full((rows, 1), int(has_clip))
-    batch = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "labels": labels,
-        "pixel_values_videos": torch.randn(rows, shapes.frames, 3, size, size, generator=generator) * there[0],
+    there = torch.full((samples, 1), int(has_clip))
+    media = {
+        "pixel_values_videos": torch.randn(samples, shapes.frames, 3, size, size, generator=generator) * there[0],
         "video_mask": there.repeat(1, shapes.frames),
-        "input_features": torch.randn(rows, config.audio_config.num_mel_bins, time, generator=generator) * there[0],
+        "input_features": torch.randn(samples, config.audio_config.num_mel_bins, time, generator=generator) * there[0],
         "input_features_mask": there.repeat(1, time),
         "memory_input_ids": memory,
         "memory_attention_mask": torch.ones_like(memory),
     }
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     if stage == "epo":
-        pairs = {"row_ids": torch.arange(shapes.batch_size), "left_out": [], "logits_to_keep": target + 1}
-        return {**batch, **pairs}
-    return {**batch, "labelled_logits_only": True}
+        media = {key: value.repeat(2, *[1] * (value.dim() - 1)) for key, value in media.items()}
+        batch |= {"row_ids": torch.arange(samples), "left_out": [], "logits_to_keep": target + 1}
+    return {**batch, **media}

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 from empathic.data_prep.folder import prepare_folder
 from empathic.media_empathic import load_video
-from empathic.modeling_empathic import EmpathicForConditionalGeneration
 from empathic.processing_empathic import EmpathicProcessor
 from empathic.trainers import prepare_features, train
 from empathic.trainers.feature_cache import (
@@ -515,16 +514,3 @@ def test_pixels_and_features_exclude_each_other(model, processor, clip):
     one = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     other = model.generate(**features, max_new_tokens=4, do_sample=False)
     assert torch.equal(one, other)
-
-
-def test_labelled_logits_give_the_same_loss(base_folder, processor):
-    model = EmpathicForConditionalGeneration.from_pretrained(base_folder).eval()
-    ids = torch.randint(0, 20, (2, 9), generator=torch.Generator().manual_seed(0))
-    labels = torch.full_like(ids, -100)
-    labels[0, 5:7], labels[1, 8] = ids[0, 5:7], ids[1, 8]
-    full = model(input_ids=ids, labels=labels)
-    few = model(input_ids=ids, labels=labels, labelled_logits_only=True)
-    assert few.logits.shape == (3, full.logits.shape[-1])
-    torch.testing.assert_close(few.loss, full.loss)
-    scaled = [model(input_ids=ids, labels=labels, labelled_logits_only=o, num_items_in_batch=7).loss for o in (0, 1)]
-    torch.testing.assert_close(scaled[0], scaled[1])

@@ -1,7 +1,5 @@
 """The loss on packed rows is the loss on padded rows, for every batch; and what is shared must be shareable."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -9,7 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.qwen2 import modeling_qwen2
 
 from empathic.trainers import packed_rows
-from empathic.trainers.packed_rows import RowLayout, has_dropout, pack_rows
+from empathic.trainers.packed_rows import RowLayout, pack_rows
 from empathic.trainers.samples import StageCollator
 from empathic.trainers.saving import StageTrainer
 from empathic.trainers.stages import StageConfig
@@ -74,7 +72,7 @@ def loss_and_gradients(model, loss):
 
 def of_the_model(model, batch):
     """The reference: padded rows, all logits (not the model's own loss, which rounds them to float32)."""
-    inputs = {k: v for k, v in batch.items() if k not in ("labels", "sample_ids", "left_out", "labelled_logits_only")}
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "sample_ids", "left_out")}
     return nn.functional.cross_entropy(model(**inputs).logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:])
 
 
@@ -160,14 +158,14 @@ def test_layout_is_attention_row_by_row():
 
 
 def test_with_dropout_nothing_is_shared(model, trainer):
-    assert not has_dropout(model.get_decoder())
-    model.get_decoder().layers[0].self_attn.attention_dropout = 0.1
+    layer = model.get_decoder().layers[0]
+    layer.self_attn.attention_dropout = 0.1
     runner = trainer()
     assert runner._packs and not runner._shares
-    lora = copy.deepcopy(model)
-    lora.get_decoder().layers[0].self_attn.attention_dropout = 0.0
-    lora.get_decoder().layers[0].mlp.up_proj = nn.Sequential(nn.Dropout(0.1), lora.get_decoder().layers[0].mlp.up_proj)
-    assert has_dropout(lora.get_decoder())
+    layer.self_attn.attention_dropout = 0.0
+    assert trainer()._shares
+    layer.mlp.up_proj = nn.Sequential(nn.Dropout(0.1), layer.mlp.up_proj)  # as LoRA has it
+    assert not trainer()._shares
 
 
 def test_what_cannot_be_packed_is_padded_and_said(model, trainer, batches, caplog):

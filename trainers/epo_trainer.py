@@ -16,7 +16,7 @@ from empathic.trainers.frozen_outputs import FrozenOutputs, frozen_inputs, is_fr
 from empathic.trainers.log_probabilities import are_log_probabilities, log_probabilities_from
 from empathic.trainers.losses import epo_loss
 from empathic.trainers.preference_collator import IGNORE, PairRows, PreferenceCollator
-from empathic.trainers.shared_prefix import CannotShare, enable_pair_layouts, pack_pairs, why_not_packed
+from empathic.trainers.shared_prefix import CannotShare, drops, enable_pair_layouts, pack_pairs, why_not_packed
 
 logger = logging.getLogger(__name__)
 
@@ -301,7 +301,7 @@ class EPOTrainer(Trainer):
     def _dropout(self, model) -> bool:
         """Whether the model's dropout is on, so that two runs of a prompt differ. Asked once; one line says so."""
         if self._has_dropout is None:
-            self._has_dropout = any(_drops(module) for module in model.modules() if module.training)
+            self._has_dropout = any(drops(module) for module in model.modules() if module.training)
             if self._has_dropout:
                 logger.warning(
                     "The model has dropout, with which a prompt that is computed twice differs each time: in training "
@@ -487,12 +487,6 @@ def _padded_inputs(inputs: dict) -> dict:
     """The model's inputs for two padded rows a pair."""
     rows = torch.arange(len(inputs["row_ids"]), device=inputs["input_ids"].device).repeat(2)
     return _model_inputs(inputs) | frozen_inputs(inputs, rows, packed=False)
-
-
-def _drops(module: nn.Module) -> bool:
-    """Whether a module, which may call a function for it (`attention_dropout`, `layerdrop`), drops anything."""
-    rates = [value for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
-    return any(rate > 0 for rate in rates) or (isinstance(module, nn.Dropout) and module.p > 0)
 
 
 def _detached(sums: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -4,16 +4,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers.utils import logging
 
 from empathic.trainers.log_probabilities import log_probabilities_from
 from empathic.trainers.preference_collator import IGNORE
-from empathic.trainers.shared_prefix import CannotShare, enable_pair_layouts, why_not_packed
+from empathic.trainers.shared_prefix import CannotShare, drops, enable_pair_layouts, why_not_packed
 
 logger = logging.get_logger(__name__)
 
-_NOT_FOR_MODEL = ("labels", "labelled_logits_only", "sample_ids", "left_out")
+_NOT_FOR_MODEL = ("labels", "sample_ids", "left_out")
 
 
 class RowLayout:
@@ -29,7 +28,7 @@ class RowLayout:
     """
 
     def __init__(self, prefix: int, rests: list[int], device: torch.device):
-        self.prefix, self.attended = prefix, 0
+        self.prefix, self.attended, self.obstacle = prefix, 0, None
         lengths = torch.tensor(rests, device=device)
         place = torch.arange(max(rests), device=device)
         present = place < lengths[:, None]  # (rows, longest)
@@ -127,7 +126,7 @@ class PackedLoss:
         config = base.config
         self._placeholders = {config.video_token_id, config.audio_token_id, config.memory_token_id}
         reason = self._why_not_packed()
-        self._packs, self._shares = reason is None, not has_dropout(self._decoder)
+        self._packs, self._shares = reason is None, not any(map(drops, self._decoder.modules()))
         if self._packs:
             enable_pair_layouts()
         else:
@@ -166,14 +165,8 @@ class PackedLoss:
         where = (torch.zeros_like(packed.columns), packed.columns)
         with log_probabilities_from(self._head, where, packed.targets):
             logps = model(**{**batch, **packed.inputs}, use_cache=False).logits
-        layers, attended = self._decoder.config.num_hidden_layers, packed.inputs["pair_layout"].attended
-        if attended != layers:
-            raise CannotShare(f"{attended} of {layers} layers of {type(self._decoder).__name__} attend row by row")
+        layers, layout = self._decoder.config.num_hidden_layers, packed.inputs["pair_layout"]
+        if layout.attended != layers:
+            count = f"{layout.attended} of {layers} layers of {type(self._decoder).__name__} attend row by row"
+            raise CannotShare(layout.obstacle or count)
         return logps
-
-
-def has_dropout(decoder: nn.Module) -> bool:
-    """Whether anything in a language model drops states at random in training."""
-    rates = [value for module in decoder.modules() for name, value in vars(module).items() if "drop" in name]
-    modules = [module.p for module in decoder.modules() if isinstance(module, nn.Dropout)]
-    return any(isinstance(rate, float) and rate > 0 for rate in [*rates, *modules])

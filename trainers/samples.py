@@ -239,7 +239,7 @@ class StageCollator:
             raise ValueError(f"No clip of a batch of {len(samples)} samples could be read; the files are named above.")
         sizes = None if self.cache is None else self.cache.sizes
         batch = self.processor.pad(prepared, padding_side="right", all_modalities=True, feature_sizes=sizes)
-        return {**batch, "labelled_logits_only": True, "sample_ids": ids, "left_out": left_out}
+        return {**batch, "sample_ids": ids, "left_out": left_out}
 
     def _no_sample(self) -> dict:
         """Two tokens that nothing is learned from."""

@@ -127,6 +127,12 @@ def why_not_packed(decoder: nn.Module) -> str | None:
     return None
 
 
+def drops(module: nn.Module) -> bool:
+    """Whether a module, which may call a function for it (`attention_dropout`, `layerdrop`), drops anything."""
+    rates = [value for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
+    return any(rate > 0 for rate in rates) or (isinstance(module, nn.Dropout) and module.p > 0)
+
+
 @dataclass
 class PackedPairs:
     """A batch of pairs in one row.
