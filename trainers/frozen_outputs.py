@@ -25,8 +25,9 @@ class FrozenOutputs:
     """What the frozen parts make of each row's prompt, by the row's number.
 
     An entry has `input_ids` (list of int) of the prompt, `video` and `audio` (queries, width) or None, and `memory`
-    (utterances, width); or only `left_out`, why the row has none. The vectors are in the precision in which the
-    language model reads them, so a run with them is that without.
+    (utterances, width) or, if it is not kept, None and `memory_input_ids` (list of int); or only `left_out`, why the
+    row has none. The vectors are in the precision in which the language model reads them, so a run with them is that
+    without.
 
     Args:
         processor: an [`EmpathicProcessor`].
@@ -34,12 +35,21 @@ class FrozenOutputs:
             the loader's workers.
         gib: how much the entries may take in each process.
         feature_sizes: of a feature cache, as `processor.pad` takes them.
+        keep_memory: whether the memory's vectors are kept too.
     """
 
-    def __init__(self, processor, encode: Callable[[dict], tuple[dict | None, str]], gib: float, feature_sizes=None):
+    def __init__(
+        self,
+        processor,
+        encode: Callable[[dict], tuple[dict | None, str]],
+        gib: float,
+        feature_sizes=None,
+        keep_memory: bool = True,
+    ):
         self.processor, self.encode, self.gib, self.feature_sizes = processor, encode, gib, feature_sizes
-        config_ids = (processor.video_token, processor.audio_token, processor.memory_token)
-        self._placeholders = set(processor.tokenizer.convert_tokens_to_ids(list(config_ids)))
+        self.keep_memory = keep_memory
+        tokens = [processor.video_token, processor.audio_token, *([processor.memory_token] if keep_memory else [])]
+        self._placeholders = set(processor.tokenizer.convert_tokens_to_ids(tokens))
 
     def compute(self, model, rows: Sequence[dict], accelerator, batch_size: int, workers: int = 0) -> list[dict]:
         """The entries of all rows; each process encodes its share of them, and all get all.
@@ -91,9 +101,11 @@ class FrozenOutputs:
         for prompt, _ in prepared:
             prompt = nothing if prompt is None else prompt
             kept = [token for token in prompt["input_ids"] if token in self._placeholders]
-            short.append({**prompt, "input_ids": [*kept, eos]})
+            remembered = prompt["memory_input_ids"] if self.keep_memory else []
+            short.append({**prompt, "input_ids": [*kept, eos], "memory_input_ids": remembered})
         inputs = self.processor.pad(short, padding_side="right", all_modalities=True, feature_sizes=self.feature_sizes)
-        prompts = [(None if prompt is None else prompt["input_ids"], reason) for prompt, reason in prepared]
+        prompts = [(prompt or nothing, "" if prompt else reason) for prompt, reason in prepared]
+        prompts = [(prompt["input_ids"], prompt["memory_input_ids"], reason) for prompt, reason in prompts]
         return [number for number, _ in rows], prompts, dict(inputs)
 
     def _split(self, numbers, prompts, inputs, outputs, dtype) -> list[tuple[int, dict]]:
@@ -112,14 +124,15 @@ class FrozenOutputs:
             )
         ]
         found = []
-        for number, (ids, reason) in zip(numbers, prompts, strict=True):
+        for number, (ids, memory_ids, reason) in zip(numbers, prompts, strict=True):
             # Cloned: a part of a tensor is sent, and kept, with the whole.
             seen, heard, remembered = (next(part).clone() for part in vectors)
-            if ids is None:
+            if not ids:
                 found.append((number, {"left_out": reason}))
                 continue
             entry = {"video": seen if len(seen) else None, "audio": heard if len(heard) else None}
-            found.append((number, {"input_ids": ids, **entry, "memory": remembered}))
+            kept = {"memory": remembered} if self.keep_memory else {"memory": None, "memory_input_ids": memory_ids}
+            found.append((number, {"input_ids": ids, **entry, **kept}))
         return found
 
     def _check_size(self, entries: list[dict | None]) -> None:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from transformers.utils import logging
 
+from empathic.trainers.frozen_outputs import frozen_inputs, is_frozen_key
 from empathic.trainers.log_probabilities import log_probabilities_from
 from empathic.trainers.preference_collator import IGNORE
 from empathic.trainers.shared_prefix import CannotShare, drops, enable_pair_layouts, why_not_packed
@@ -141,11 +142,11 @@ class PackedLoss:
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As in transformers: the mean over the batch's targets, or over `num_items_in_batch`, those of the step."""
-        batch = {key: value for key, value in inputs.items() if key not in _NOT_FOR_MODEL}
+        batch = {k: v for k, v in inputs.items() if k not in _NOT_FOR_MODEL and not is_frozen_key(k)}
         logps = None
         if self._packs:
             try:
-                logps = self._packed(model, batch, inputs["labels"])
+                logps = self._packed(model, batch | frozen_inputs(inputs, slice(None), packed=True), inputs["labels"])
             except CannotShare as reason:
                 self._packs = False
                 logger.warning("Rows are padded, not packed: %s.", reason)
@@ -153,7 +154,7 @@ class PackedLoss:
             labels = inputs["labels"][:, 1:]
             where = (labels != IGNORE).nonzero(as_tuple=True)
             with log_probabilities_from(self._head, where, labels[where]):
-                logps = model(**batch, use_cache=False).logits
+                logps = model(**batch, **frozen_inputs(inputs, slice(None), packed=False), use_cache=False).logits
         loss = -logps.sum() / (len(logps) if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over the ranks

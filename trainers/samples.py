@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from empathic.media_empathic import MediaError
 from empathic.trainers.feature_cache import FeatureCache, MediaDraws
+from empathic.trainers.frozen_outputs import no_entry, stack_entries
 
 logger = logging.get_logger(__name__)
 
@@ -122,6 +123,9 @@ class SampleStream(Dataset):
             from_here = self._chosen == source
             self._place[from_here] = np.arange(from_here.sum())
         self._orders: dict[tuple[int, int], np.ndarray] = {}
+        # Of a source, the entries of `FrozenOutputs` by the number of its row. If any source has them, every sample
+        # has `frozen`: its row's entry, or None.
+        self.frozen: dict[int, list[dict]] = {}
 
     def __len__(self) -> int:
         return self.length
@@ -138,9 +142,31 @@ class SampleStream(Dataset):
         chosen = int(self._chosen[number])
         _, rows, make = self.sources[chosen]
         epoch, position = divmod(int(self._place[number]), len(rows))
-        row = rows[int(self._order(chosen, epoch, len(rows))[position])]
+        place = int(self._order(chosen, epoch, len(rows))[position])
         seed = [self.seed, 2, number] if self.random_frames else None
-        return {"history": "memory", **make(row, rng), "seed": seed}
+        sample = {"history": "memory", **make(rows[place], rng), "seed": seed}
+        if self.frozen:
+            sample["frozen"] = self.frozen[chosen][place] if chosen in self.frozen else None
+        return sample
+
+
+class SourceSamples(Dataset):
+    """
+    Each row of one of a stream's sources as a sample, with frames that are always the same; for sources whose samples
+    have nothing random but those.
+    """
+
+    def __init__(self, stream: SampleStream, source: int):
+        self.stream, self.source = stream, source
+        _, self.rows, self.make = stream.sources[source]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> dict:
+        rng = np.random.default_rng([self.stream.seed, 4, self.source, place])
+        seed = [self.stream.seed, 4, self.source, place] if self.stream.random_frames else None
+        return {"history": "memory", **self.make(self.rows[place], rng), "seed": seed}
 
 
 class StageCollator:
@@ -212,15 +238,20 @@ class StageCollator:
                 pass  # reported by the caller
         return [*earlier, {**last, "content": content}]
 
+    def prompt(self, sample: dict) -> tuple[dict | None, str]:
+        """The prompt alone, or None and why there is none; for `FrozenOutputs`."""
+        return self._prepare(sample), "no clip can be read"
+
     def prompt_and_target(self, sample: dict) -> tuple[dict, str] | None:
         """The prompt alone, as `EmpathicProcessor.prepare` gives it, and the reply; None if no clip can be read."""
         encoded = self._prepare(sample)
         return None if encoded is None else (encoded, sample["target"])
 
     def __call__(self, samples: list[dict]) -> dict:
-        prepared, ids, left_out = [], [], []
+        prepared, entries, ids, left_out = [], [], [], []
         for number, sample in enumerate(samples):
-            encoded = self._prepare(sample)
+            entry = sample.get("frozen")
+            encoded = self._prepare(sample) if entry is None else _without_clips(entry)
             if encoded is None:
                 continue
             name = sample.get("id") or f"sample {number} of the batch"
@@ -232,13 +263,18 @@ class StageCollator:
             encoded["labels"] = [-100] * len(encoded["input_ids"]) + target
             encoded["input_ids"] = encoded["input_ids"] + target
             prepared.append(encoded)
+            entries.append(no_entry([]) if entry is None else entry)
             ids.append(name)
         if left_out and not prepared:
-            prepared = [self._no_sample()]
+            prepared, entries = [self._no_sample()], [no_entry([])]
         if not prepared:
             raise ValueError(f"No clip of a batch of {len(samples)} samples could be read; the files are named above.")
         sizes = None if self.cache is None else self.cache.sizes
         batch = self.processor.pad(prepared, padding_side="right", all_modalities=True, feature_sizes=sizes)
+        if "frozen" in samples[0]:  # no clip of any batch is encoded, on any rank
+            clips = ("video", "pixel_values_videos", "audio", "input_features")
+            batch = {key: value for key, value in batch.items() if not key.startswith(clips)}
+            batch |= stack_entries(entries)
         return {**batch, "sample_ids": ids, "left_out": left_out}
 
     def _no_sample(self) -> dict:
@@ -246,3 +282,11 @@ class StageCollator:
         eos = self.processor.tokenizer.eos_token_id
         nothing = {"memory_input_ids": [], "video": None, "audio": None}
         return {**nothing, "input_ids": [eos] * 2, "labels": [-100] * 2}
+
+
+def _without_clips(entry: dict) -> dict | None:
+    """An entry of `FrozenOutputs` as a prompt whose clips have vectors already."""
+    if "left_out" in entry:
+        return None
+    ids = {key: list(entry[key]) for key in ("input_ids", "memory_input_ids")}
+    return {**ids, "video": None, "audio": None}

@@ -27,6 +27,7 @@ from empathic.composition_empathic import (
     read_stage,
 )
 from empathic.trainers.checkpoint import UNFINISHED, StageRecord
+from empathic.trainers.frozen_clips import FrozenClips
 from empathic.trainers.model_card import kept_card, quality
 from empathic.trainers.monitor import Monitored, NamedSamples
 from empathic.trainers.packed_rows import PackedLoss
@@ -358,5 +359,5 @@ class StageSaving(HubPushing):
         scatter(model, {keys[key]: tensor for key, tensor in tensors.items()})
 
 
-class StageTrainer(StageSaving, Monitored, NamedSamples, PackedLoss, Trainer):
+class StageTrainer(StageSaving, Monitored, NamedSamples, FrozenClips, PackedLoss, Trainer):
     """`transformers.Trainer` for the supervised stages."""

@@ -112,6 +112,14 @@ class StageConfig(TrainingArguments):
             "reported, never cut. None: no limit."
         },
     )
+    cache_frozen_gib: float = field(
+        default=0.0,
+        metadata={
+            "help": "Stage dialogue: compute the audio and video vectors of each clip once, before training, and keep "
+            "up to so many GiB of them in each process's main memory. For several passes over the data: a clip then "
+            "has the same frames in all of them. 0: off."
+        },
+    )
     max_eval_samples: int = field(default=500, metadata={"help": "Evaluation samples at most."})
 
     def __post_init__(self):
@@ -119,6 +127,8 @@ class StageConfig(TrainingArguments):
         for name in ("rebuild_ratio", "single_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)!r}.")
+        if self.cache_frozen_gib < 0:
+            raise ValueError(f"cache_frozen_gib must be at least 0, got {self.cache_frozen_gib!r}.")
         if self.max_utterances is not None and self.max_utterances < 1:
             raise ValueError(f"max_utterances must be at least 1, got {self.max_utterances!r}.")
         if self.max_length is not None and self.max_length < 2:

@@ -300,7 +300,9 @@ def open_cache(script: ScriptArguments, model, processor) -> FeatureCache | None
 
 
 def supervised_trainer(script, args, model, processor) -> StageTrainer:
-    """The trainer of the stages before EPO."""
+    """The trainer of the stages before EPO. ValueError for `cache_frozen_gib` in a stage that trains what it keeps."""
+    if args.cache_frozen_gib > 0 and script.stage != "dialogue":
+        raise ValueError(f"cache_frozen_gib is for stages dialogue and epo: nothing of it is frozen in {script.stage}.")
     sources = stage_sources(script, args, load_splits(script.dataset_name, [script.train_split]))
     step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows = sum(len(view) for _, view, _ in sources)
