@@ -1,9 +1,11 @@
 """`empathic evaluate`: the paper's tables, one subcommand each."""
 
+import subprocess
 import sys
 
 from empathic.benchmarks.efficiency_options import add_options, positive
 from empathic.commands import add_command
+from empathic.evaluation.reply_options import add_dialogue_options, add_emotion_options, as_arguments
 
 
 def reconstruction(arguments) -> int:
@@ -23,7 +25,7 @@ def reconstruction(arguments) -> int:
             examples=arguments.examples,
         )
         results = run(arguments.model, arguments.data, arguments.output, options)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"empathic evaluate reconstruction: {error}", file=sys.stderr)
         return 1
     for length, row in results["scores"].items():
@@ -39,6 +41,103 @@ def efficiency(arguments) -> int:
 
     run(arguments)
     return 0
+
+
+def report(arguments) -> int:
+    """All results of a folder."""
+    from empathic.evaluation.report import write_report
+
+    try:
+        path = write_report(arguments.folders, arguments.output, arguments.samples)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"empathic evaluate report: {error}", file=sys.stderr)
+        return 1
+    print(f"Open {path}; report.md and tables.tex are beside it.")
+    return 0
+
+
+def of_replies(table: str, arguments, add_its_options, positional: str, run) -> int:
+    """Runs an evaluation of replies here, or itself on the processes of `accelerate launch`."""
+    if arguments.accelerate_config is not None:
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", arguments.accelerate_config]
+        again = ["-m", "empathic.cli", "evaluate", table, *as_arguments(arguments, add_its_options, positional)]
+        return subprocess.call([*launch, *again])
+    try:
+        return run()
+    except (ImportError, OSError, ValueError) as error:
+        print(f"empathic evaluate {table}: {error}", file=sys.stderr)
+        return 1
+
+
+def dialogue(arguments) -> int:
+    """Table 1."""
+    from empathic.evaluation.dialogue import run
+
+    return of_replies("dialogue", arguments, add_dialogue_options, "systems", lambda: run(arguments, "dialogue"))
+
+
+def ablation(arguments) -> int:
+    """Table 2."""
+    from empathic.evaluation.dialogue import run
+
+    return of_replies("ablation", arguments, add_dialogue_options, "systems", lambda: run(arguments, "ablation"))
+
+
+def emotion(arguments) -> int:
+    """Fig. 6."""
+    from empathic.evaluation.emotion import run
+
+    return of_replies("emotion", arguments, add_emotion_options, "model", lambda: run(arguments))
+
+
+def add_dialogue(commands) -> None:
+    """Adds the subcommand."""
+    sub = add_command(
+        commands,
+        "dialogue",
+        dialogue,
+        "score replies of several systems in held-out conversations (paper's Table 1)",
+        "empathic evaluate dialogue ours=empathic:runs/quickstart/epo base=empathic:runs/quickstart/dialogue "
+        "--data runs/quickstart/data",
+    )
+    sub.add_argument(
+        "systems", nargs="+", metavar="SYSTEM",
+        help="NAME=KIND:TARGET[,option=value...]; kinds: empathic:PATH_OR_ID with history (memory, text, none) and "
+        "media (true, false), chat:ID, audio:ID, video:ID, openai:MODEL@BASE_URL; every kind has batch_size, "
+        "max_new_tokens, temperature, top_p, dtype",
+    )  # fmt: skip
+    add_dialogue_options(sub)
+
+
+def add_ablation(commands) -> None:
+    """Adds the subcommand."""
+    sub = add_command(
+        commands,
+        "ablation",
+        ablation,
+        "score what text history, memory, media and EPO add (paper's Table 2)",
+        "empathic evaluate ablation text=runs/qwen2.5-7b/dialogue_ft memory=runs/qwen2.5-7b/dialogue_mc "
+        "memory_av=runs/qwen2.5-7b/dialogue_mc_av epo=runs/qwen2.5-7b/epo --data data/iemocap",
+    )
+    sub.add_argument(
+        "systems", nargs="+", metavar="ROW=PATH",
+        help="rows text, memory, memory_av and epo: folders of the recipes dialogue_ft, dialogue_mc, dialogue_mc_av "
+        "and epo, each shown what its recipe shows; base=KIND:TARGET: the model that is not finetuned",
+    )  # fmt: skip
+    add_dialogue_options(sub)
+
+
+def add_emotion(commands) -> None:
+    """Adds the subcommand."""
+    sub = add_command(
+        commands,
+        "emotion",
+        emotion,
+        "name the emotion of held-out clips from text, sound and picture (paper's Fig. 6)",
+        "empathic evaluate emotion runs/quickstart/emotion --data runs/quickstart/data",
+    )
+    sub.add_argument("model", metavar="MODEL", help="whole checkpoint, stage's folder or Hub id")
+    add_emotion_options(sub)
 
 
 def add_reconstruction(commands) -> None:
@@ -82,6 +181,22 @@ def add_efficiency(commands) -> None:
     add_options(sub)
 
 
+def add_report(commands) -> None:
+    """Adds the subcommand."""
+    sub = add_command(
+        commands,
+        "report",
+        report,
+        "write all results of a folder as one page, as Markdown and as LaTeX tables",
+        "empathic evaluate report runs/evaluation",
+    )
+    sub.add_argument("folders", nargs="+", metavar="FOLDER", help="what was evaluated; folders right below count too")
+    sub.add_argument("--output", metavar="FOLDER", help="folder to write (the first FOLDER)")
+    sub.add_argument(
+        "--samples", type=int, default=6, metavar="N", help="conversations shown of each data set (%(default)s)"
+    )
+
+
 def add(commands) -> None:
     """Adds the command."""
     sub = add_command(
@@ -92,5 +207,5 @@ def add(commands) -> None:
         "empathic evaluate efficiency --preset tiny --paper",
     )
     tables = sub.add_subparsers(dest="table", required=True, metavar="TABLE")
-    for add_one in (add_reconstruction, add_efficiency):
+    for add_one in (add_dialogue, add_ablation, add_emotion, add_reconstruction, add_efficiency, add_report):
         add_one(tables)

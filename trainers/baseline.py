@@ -17,6 +17,7 @@ from datasets import Dataset
 from peft import get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 from trl import ModelConfig, TrlParser, get_peft_config
 
@@ -70,8 +71,9 @@ class BaselineArguments:
 
     def __post_init__(self):
         check_choice("kind", self.kind, KINDS)
-        if isinstance(self.eval_split, str):  # in YAML
-            self.eval_split = [self.eval_split]
+        for name in ("dataset_name", "eval_split", "reply_speakers"):
+            if isinstance(getattr(self, name), str):  # one, in YAML
+                setattr(self, name, [getattr(self, name)])
         if self.dataset_weights is not None and len(self.dataset_weights) != len(self.dataset_name):
             raise ValueError(
                 f"{len(self.dataset_weights)} dataset_weights were given for {len(self.dataset_name)} data sets."
@@ -233,7 +235,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         data_collator=BaselineCollator(prompts, script.frame_draws),
         compute_loss_func=reply_loss,
     )
-    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    resume = args.resume_from_checkpoint
+    if resume == "auto":  # the last checkpoint, or a new start where there is none
+        resume = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    result = trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_state()
     metrics = dict(result.metrics)

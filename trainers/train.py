@@ -115,8 +115,9 @@ class ScriptArguments:
 
     def __post_init__(self):
         check_choice("stage", self.stage, STAGES)
-        if isinstance(self.eval_split, str):  # in YAML
-            self.eval_split = [self.eval_split]
+        for name in ("dataset_name", "eval_split"):
+            if isinstance(getattr(self, name), str):  # in YAML
+                setattr(self, name, [getattr(self, name)])
         if self.frame_draws is not None and self.frame_draws < 0:
             raise ValueError(f"frame_draws must be at least 0, got {self.frame_draws!r}.")
         if self.dataset_weights is not None and len(self.dataset_weights) != len(self.dataset_name):

@@ -1,0 +1,254 @@
+"""Saved replies of several systems -> metrics with confidence intervals, and who differs from whom (Tables 1 and 2)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from empathic.evaluation.emotion_features import GO_EMOTIONS, POOLINGS, EmotionFeatures
+from empathic.evaluation.metrics import bleu_counts, bleu_of_counts, corpus_dist_n, dist_n_scores, emotion_scores
+from empathic.evaluation.modules.bertscore.bert_similarity import BertScore
+from empathic.evaluation.replies import conversation_of
+from empathic.evaluation.statistics_of_replies import compare_means, compare_metric, mean_interval, metric_interval
+
+METRICS = {
+    "bertscore": "BERTScore",
+    "emotion_score": "EmotionScore",
+    "dist1": "Dist-1",
+    "corpus_dist1": "Dist-1, corpus",
+    "bleu1": "BLEU-1",
+    "bleu4": "BLEU-4",
+}
+DEFAULT_METRICS = ("bertscore", "emotion_score", "dist1", "corpus_dist1")
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """
+    What is computed.
+
+    Args:
+        metrics: of `METRICS`.
+        classifier, pooling: of EmotionScore, see `EmotionFeatures`.
+        bertscore_model, bertscore_layer: of BERTScore, see `BertScore`.
+        confidence: of the intervals, 0 to 1.
+        resamples: draws, and permutations, of a mean; of BLEU a tenth of it.
+        seed: of the draws.
+        device: where the metrics' models run; a GPU if there is one by default.
+    """
+
+    metrics: Sequence[str] = DEFAULT_METRICS
+    classifier: str = GO_EMOTIONS
+    pooling: str = "mean"
+    bertscore_model: str = "roberta-large"
+    bertscore_layer: int | None = None
+    confidence: float = 0.95
+    resamples: int = 10_000
+    seed: int = 0
+    device: str | None = None
+
+    def __post_init__(self):
+        unknown = [name for name in self.metrics if name not in METRICS]
+        if unknown or not self.metrics:
+            raise ValueError(f"There is no metric {', '.join(unknown)!r}; take some of {', '.join(METRICS)}.")
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"The pooling {self.pooling!r} is not one of {', '.join(POOLINGS)}.")
+        if not 0 < self.confidence < 1:
+            raise ValueError(f"confidence is {self.confidence}; give a share between 0 and 1, such as 0.95.")
+        if self.resamples < 10:
+            raise ValueError(f"resamples is {self.resamples}; give 10 or more.")
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """The rows' conversations, and how intervals and tests are drawn."""
+
+    conversations: list[str]
+    confidence: float
+    resamples: int
+    seed: int
+
+    @property
+    def possible(self) -> bool:
+        """How far conversations differ, at least two are needed to tell."""
+        return len(set(self.conversations)) > 1
+
+    def options(self, resamples: int) -> dict:
+        return {"confidence": self.confidence, "resamples": resamples, "seed": self.seed}
+
+
+class _MeanMetric:
+    """Mean of a score a reply: `scores[name]` (replies,)."""
+
+    def __init__(self, scores: dict[str, np.ndarray]):
+        self.scores = scores
+
+    def value(self, name: str) -> float:
+        return float(self.scores[name].mean())
+
+    def interval(self, name: str, draws: _Draws):
+        return mean_interval(self.scores[name], draws.conversations, **draws.options(draws.resamples))
+
+    def compare(self, a: str, b: str, draws: _Draws):
+        options = draws.options(draws.resamples)
+        return compare_means(self.scores[a], self.scores[b], draws.conversations, **options)
+
+
+class _BleuMetric:
+    """BLEU of the corpus, from the counts of each reply: `counts[name]` (replies, counts)."""
+
+    def __init__(self, counts: dict[str, np.ndarray]):
+        self.counts = counts
+
+    def value(self, name: str) -> float:
+        return bleu_of_counts(self.counts[name].sum(0))
+
+    def interval(self, name: str, draws: _Draws):
+        counts, options = self.counts[name], draws.options(draws.resamples // 10)
+        return metric_interval(
+            lambda rows: bleu_of_counts(counts[rows].sum(0)), len(counts), draws.conversations, **options
+        )
+
+    def compare(self, a: str, b: str, draws: _Draws):
+        both, options = np.concatenate([self.counts[a], self.counts[b]]), draws.options(draws.resamples // 10)
+        rows = len(draws.conversations)
+        return compare_metric(lambda chosen: bleu_of_counts(both[chosen].sum(0)), rows, draws.conversations, **options)
+
+
+class _CorpusDist:
+    """
+    Dist-1 of all replies together. It has no interval: conversations that are drawn twice lower it by construction, so
+    that the draws say nothing of the value. For the same reason there is no test.
+    """
+
+    def __init__(self, texts: dict[str, list[str]]):
+        self.texts = texts
+
+    def value(self, name: str) -> float:
+        return corpus_dist_n(self.texts[name], 1, allow_empty=True) if any(self.texts[name]) else 0.0
+
+    def interval(self, name: str, draws: _Draws):
+        return None
+
+    def compare(self, a: str, b: str, draws: _Draws):
+        return None
+
+
+def score_replies(replies: dict[str, list[dict]], scoring: Scoring, pairs: Sequence[tuple[str, str]]) -> dict:
+    """
+    All metrics of all systems.
+
+    A reply that is empty counts: it scores 0. A sample whose true reply is blank cannot be scored, and is left out for
+    all systems.
+
+    Args:
+        replies: of each system what `read_replies` gives, of the same samples in the same order.
+        scoring: what is computed.
+        pairs: systems (a, b) that are compared.
+
+    Returns:
+        `systems`: {name: `metrics`: {metric: `mean`, `low`, `high`}, `count`, `empty`: replies without a word, `notes`:
+        [{`id`, `note`}] of the systems, `histograms`: {metric: `edges`, `counts` of replies}};
+        `comparisons`: [`a`, `b`, `metric`, `difference` (a - b), `low`, `high`, `p`];
+        `computed_by`: {metric: what computed it}; `skipped`: {metric: why}; `left_out`: [{`id`, `reason`}].
+
+    Raises:
+        ValueError: if the systems did not answer the same samples, or there is nothing to score.
+    """
+    first = next(iter(replies))
+    ids = [row["id"] for row in replies[first]]
+    for name, rows in replies.items():
+        if [row["id"] for row in rows] != ids:
+            raise ValueError(f"{name} and {first} did not answer the same samples: evaluate them in one command.")
+    kept = [place for place, row in enumerate(replies[first]) if row["reference"].strip()]
+    left_out = [
+        {"id": row["id"], "reason": "the true reply is blank"} for row in replies[first] if not row["reference"].strip()
+    ]
+    if not kept:
+        raise ValueError(f"None of the {len(ids)} samples has a true reply, so there is nothing to score.")
+    texts = {name: [rows[place]["reply"] for place in kept] for name, rows in replies.items()}
+    references = [replies[first][place]["reference"] for place in kept]
+    conversations = [conversation_of(replies[first][place]) for place in kept]
+    draws = _Draws(conversations, scoring.confidence, scoring.resamples, scoring.seed)
+    found, computed_by, skipped = _metrics(texts, references, scoring)
+    systems = {
+        name: {
+            "metrics": {metric: _with_interval(values, name, draws) for metric, values in found.items()},
+            "count": len(kept),
+            "empty": sum(not text for text in texts[name]),
+            "notes": [{"id": row["id"], "note": row["note"]} for row in rows if row.get("note")],
+            "histograms": {
+                metric: _histogram(values.scores[name])
+                for metric, values in found.items()
+                if isinstance(values, _MeanMetric)
+            },
+        }
+        for name, rows in replies.items()
+    }
+    comparisons = []
+    for a, b in pairs if draws.possible else ():
+        for metric, values in found.items():
+            comparison = values.compare(a, b, draws)
+            if comparison is not None:
+                difference = comparison.difference
+                about = {"difference": difference.value, "low": difference.low, "high": difference.high}
+                comparisons.append({"a": a, "b": b, "metric": metric, **about, "p": comparison.p_value})
+    return {
+        "systems": systems,
+        "comparisons": comparisons,
+        "computed_by": computed_by,
+        "skipped": skipped,
+        "left_out": left_out,
+    }
+
+
+def _histogram(scores: np.ndarray) -> dict[str, list]:
+    """How many of the scores, which lie between -1 and 1, are in each of 40 bins."""
+    counts, edges = np.histogram(np.clip(scores, -1, 1), bins=40, range=(-1, 1))
+    return {"edges": [round(edge, 2) for edge in edges.tolist()], "counts": counts.tolist()}
+
+
+def _with_interval(values, name: str, draws: _Draws) -> dict:
+    interval = values.interval(name, draws) if draws.possible else None
+    ends = (None, None) if interval is None else (interval.low, interval.high)
+    return {"mean": values.value(name), "low": ends[0], "high": ends[1]}
+
+
+def _metrics(texts: dict[str, list[str]], references: list[str], scoring: Scoring) -> tuple[dict, dict, dict]:
+    """(metric -> values of all systems, metric -> what computed it, metric -> why it is not there), in table order."""
+    found, computed_by, skipped = {}, {}, {}
+    device = scoring.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for metric in METRICS:
+        if metric not in scoring.metrics:
+            continue
+        if metric == "bertscore":
+            try:
+                scorer = BertScore(scoring.bertscore_model, scoring.bertscore_layer, device)
+            except RuntimeError as error:
+                skipped[metric] = str(error)
+                continue
+            computed_by[metric] = scorer.description
+            values = {name: scorer.scores(said, references, allow_empty=True)["f1"] for name, said in texts.items()}
+            found[metric] = _MeanMetric(values)
+        elif metric == "emotion_score":
+            try:
+                features = EmotionFeatures(scoring.classifier, scoring.pooling, device)
+            except OSError as error:
+                skipped[metric] = f"the classifier {scoring.classifier} cannot be loaded ({str(error).splitlines()[0]})"
+                continue
+            computed_by[metric] = features.description
+            values = {name: emotion_scores(said, references, features, True) for name, said in texts.items()}
+            found[metric] = _MeanMetric(values)
+        elif metric == "dist1":
+            computed_by[metric] = "unique words / words of each reply, averaged"
+            # Only a text without any token has none; the reader of the table is told how many are empty.
+            found[metric] = _MeanMetric({n: np.nan_to_num(dist_n_scores(said, 1, True)) for n, said in texts.items()})
+        elif metric == "corpus_dist1":
+            computed_by[metric] = "unique words / words of all replies together; falls with their number"
+            found[metric] = _CorpusDist(texts)
+        else:
+            computed_by[metric] = "sacrebleu, corpus, cased, tokenization 13a"
+            order = int(metric[-1])
+            found[metric] = _BleuMetric({name: bleu_counts(said, references, order) for name, said in texts.items()})
+    return found, computed_by, skipped

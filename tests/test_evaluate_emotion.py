@@ -1,0 +1,155 @@
+"""`empathic evaluate emotion` on tiny models: what each row is shown, scores, bad clips, the quickstart's rows."""
+
+import json
+
+import pytest
+from accelerate import PartialState
+from datasets import load_dataset
+
+from empathic.cli import main
+from empathic.configuration_empathic import EMOTIONS
+from empathic.evaluation import emotion as e
+from empathic.evaluation.generation import generate_texts
+from empathic.evaluation.metrics import accuracy
+from empathic.evaluation.replies import read_replies
+from empathic.trainers.samples import clip_message
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_the_device():
+    """`--device cpu` stays set in accelerate's state; other tests of this process are to choose for themselves."""
+    yield
+    PartialState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory, write_media, grey_frames, tone):
+    """DATA of 8 labelled turns of 4 dialogues with sentence, sound and picture, and of three that lack something."""
+    from empathic.data_prep.folder import prepare_folder
+
+    raw, data = tmp_path_factory.mktemp("raw"), tmp_path_factory.mktemp("emotion_data")
+    for number in range(4):
+        samples = tone(0.6, frequency=200 + 100 * number)
+        write_media(raw / f"{number}.mp4", frames=grey_frames(4 + number), samples=samples)
+    write_media(raw / "seen.mp4", frames=grey_frames(6))
+    write_media(raw / "heard.wav", samples=tone(0.5), audio_codec="pcm_s16le")
+    lines = []
+    for number in range(4):
+        for turn in range(2):
+            emotion = EMOTIONS[(number + turn) % 3]
+            lines.append({"dialogue_id": f"d{number}", "turn": turn, "file_name": f"{number}.mp4", "emotion": emotion})
+    lines += [{"dialogue_id": "seen", "turn": 0, "file_name": "seen.mp4", "emotion": "sad"}]
+    lines += [{"dialogue_id": "heard", "turn": 0, "file_name": "heard.wav", "emotion": "sad"}]
+    for line in lines:
+        line |= {"split": "test", "speaker": "clara", "text": "how are you"}
+    (raw / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    prepare_folder(raw, data, progress=False)
+    return str(data)
+
+
+@pytest.fixture(scope="module")
+def samples(rows):
+    return e.EmotionSamples(load_dataset(rows, split="test"))
+
+
+def test_the_samples_have_all_that_any_row_shows(samples):
+    assert len(samples) == 8 and samples.left_out == 2
+    for sample in (samples[place] for place in range(8)):
+        (message,) = sample["prompt"]
+        assert {item["type"] for item in message["content"]} == {"audio", "video", "text"}
+        assert sample["reply"] == sample["emotion"] in EMOTIONS
+
+
+def test_each_row_is_shown_what_it_is_called(model, processor, samples):
+    """Beside the prompts of the processor: A and V without the sentence, T without clips."""
+    rows = [samples.dataset[int(place)] for place in samples.places]
+    batch, told_apart = [samples[place] for place in range(8)], set()
+    for name, (modalities, with_text) in e.SETTINGS.items():
+        assert set(name.split("+")) == {kind[0].upper() for kind in (*modalities, *(["text"] if with_text else []))}
+        messages = [[clip_message(row, modalities, with_text)] for row in rows]
+        inputs = processor.apply_chat_template(
+            messages, task="emotion", with_text=with_text, add_generation_prompt=True, tokenize=True, return_dict=True,
+            return_tensors="pt",
+        )  # fmt: skip
+        assert ("input_features" in inputs) == ("A" in name) and ("pixel_values_videos" in inputs) == ("V" in name)
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
+        expected = [text.strip() for text in processor.batch_decode(output, skip_special_tokens=True)]
+        assert [text for text, _ in e.name_emotions(model, processor, batch, name)] == expected
+        told_apart.add(tuple(expected))
+    assert len(told_apart) == len(e.SETTINGS)  # so that one row's prompts are not taken for another's
+
+
+def test_the_quickstart_rows_are_those_of_before(model, processor, samples):
+    """The sentence alone and with sound, picture or both, as the quickstart's table has had them."""
+    rows = [samples.dataset[int(place)] for place in samples.places]
+    processor.with_text, before = True, processor.with_text
+    try:
+        expected = {}
+        for name, modalities in {"T": (), "AT": ("audio",), "VT": ("video",), "AVT": ("audio", "video")}.items():
+            conversations = [[clip_message(row, modalities)] for row in rows]
+            answers = generate_texts(model, processor, conversations, "emotion", max_new_tokens=8, batch_size=64)
+            expected[name] = accuracy(answers, [row["emotion"] for row in rows])["accuracy"]
+    finally:
+        processor.with_text = before
+    assert e.emotion_table(model, processor, samples, e.QUICKSTART_SETTINGS) == expected
+
+
+def test_scores_of_known_answers():
+    named = ["happy", "Happy ", "sad", "", "angry", "nonsense"]
+    true = ["happy", "happy", "sad", "sad", "sad", "angry"]
+    rows = [
+        {"id": f"c/test/d{place // 2}/{place}", "reply": reply, "reference": reference}
+        for place, (reply, reference) in enumerate(zip(named, true, strict=True))
+    ]
+    found = e.score_answers(rows, resamples=200)
+    assert found["metrics"]["accuracy"]["mean"] == 0.5
+    assert found["metrics"]["mean_recall"]["mean"] == pytest.approx((1 + 1 / 3 + 0) / 3)
+    assert found["recall"]["happy"] == 1 and found["recall"]["sad"] == pytest.approx(1 / 3)
+    assert found["recall"]["angry"] == 0 and found["recall"]["fearful"] is None
+    assert found["confusion"]["sad"] | {"sad": 1, "angry": 1, "other": 1} == found["confusion"]["sad"]
+    # Draws of the three conversations, whose means are 1, 0.5 and 0.
+    assert 0 <= found["metrics"]["accuracy"]["low"] < 0.5 < found["metrics"]["accuracy"]["high"] <= 1
+    alone = e.score_answers(rows[:2])["metrics"]["accuracy"]
+    assert alone == {"mean": 1.0, "low": None, "high": None}
+
+
+def test_the_command(base_folder, rows, tmp_path, capsys):
+    line = ["emotion", base_folder, f"--data={rows}", "--device=cpu", "--resamples=100", f"--output={tmp_path}"]
+    assert main(["evaluate", *line, "--batch_size=3"]) == 0
+    results = json.loads((tmp_path / "emotion.json").read_text())
+    assert list(results["systems"]) == ["T", "A", "V", "A+T", "V+T", "A+V+T"]
+    for name, system in results["systems"].items():
+        saved = read_replies(tmp_path / system["replies"])
+        found = accuracy([row["reply"] for row in saved], [row["reference"] for row in saved])
+        assert system["count"] == len(saved) == 8 and system["metrics"]["accuracy"]["mean"] == found["accuracy"]
+        assert system["confusion"] == found["confusion"] and system["notes"] == []
+        shown = {"T": "text", "A": "audio", "V": "video"}
+        assert set(system["settings"]["shown"]) == {shown[letter] for letter in name.split("+")}
+    assert [(found["a"], found["b"]) for found in results["comparisons"]] == [
+        ("A+V+T", name) for name in ("T", "A", "V", "A+T", "V+T")
+    ]
+    text = capsys.readouterr().out
+    assert "2 labelled clips are left out" in text and "trained without the sentence" in text and "7.86" in text
+
+
+def test_a_clip_that_cannot_be_read_is_noted_and_its_row_kept(model, processor, samples, tmp_path):
+    (tmp_path / "bad.mp4").write_bytes(b"no film at all" * 9)
+    good, sample = samples[0], samples[1]
+    (message,) = sample["prompt"]
+    content = [
+        {"type": i["type"], "path": str(tmp_path / "bad.mp4")} if i["type"] == "audio" else i
+        for i in message["content"]
+    ]
+    bad = {**sample, "prompt": [{**message, "content": content}]}
+    (first, note), (second, none) = e.name_emotions(model, processor, [bad, good], "A")
+    assert first == "" and "bad.mp4" in note and none is None and second
+    (_, note), (_, none) = e.name_emotions(model, processor, [bad, good], "A+V+T")
+    assert "audio left out" in note and none is None
+    assert e.name_emotions(model, processor, [bad], "V+T")[0][1] is None
+
+
+def test_no_clip_is_an_error(base_folder, recordings, tmp_path, capsys):
+    rows = load_dataset(recordings.data, split="validation").map(lambda row: {"audio": None})
+    rows.to_parquet(tmp_path / "data" / "test.parquet")
+    assert main(["evaluate", "emotion", base_folder, f"--data={tmp_path / 'data'}", f"--output={tmp_path}"]) == 1
+    assert "no row of its split test" in capsys.readouterr().err
