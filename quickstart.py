@@ -23,12 +23,16 @@ from datasets import load_dataset
 from empathic.data_prep.candidates import EmpathicGenerator, Sampling, message_text
 from empathic.data_prep.counter import counter_pairs, identity_of
 from empathic.data_prep.folder import prepare_folder
-from empathic.data_prep.views import DialogueSamples, conversations, emotion_clips, utterances
+from empathic.data_prep.views import DialogueSamples, conversations, utterances
+from empathic.evaluation import emotion as figure_6
 from empathic.evaluation.emotion_features import EmotionFeatures
 from empathic.evaluation.generation import generate_texts
 from empathic.evaluation.metrics import word_recall
+from empathic.evaluation.quickstart_results import write_scored_replies
 from empathic.evaluation.reconstruction import reconstruction_row
-from empathic.evaluation.tables import emotion_table, reply_row, reward_row
+from empathic.evaluation.report import write_report
+from empathic.evaluation.scores import Scoring
+from empathic.evaluation.tables import reply_row, reward_row, table
 from empathic.processing_empathic import EmpathicProcessor
 from empathic.tiny.corpus import write_corpus
 from empathic.tiny.dialogues import ASSISTANT, CONTENT_WORDS, emotion_sentences, make_dialogues, words_of
@@ -248,25 +252,31 @@ def evaluate_memory(root: Path) -> dict:
 
 
 def evaluate_emotion(root: Path) -> dict:
-    """Emotion accuracy on the held-out clips."""
-    folder = str(root / "emotion")
-    clips = list(emotion_clips(load_dataset(str(root / "data"), split="test")))
-    return emotion_table(load_model(folder), EmpathicProcessor.from_pretrained(folder), clips)
+    """Emotion accuracy on the held-out clips; the confusion too, in `evaluation/emotion.json`."""
+    model, data = str(root / "emotion"), str(root / "data")
+    found = figure_6.evaluate_emotion(model, data, root / "evaluation", device="cpu", progress=False)["systems"]
+    names = figure_6.QUICKSTART_SETTINGS
+    return {name: found[setting]["metrics"]["accuracy"]["mean"] for name, setting in names.items()}
 
 
-def table(header: list[str], rows: list[list]) -> str:
-    """A plain text table; numbers with three places."""
-    cells = [header] + [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    numeric = [any(isinstance(row[i], (int, float)) for row in rows) for i in range(len(header))]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            c.ljust(w) if i == 0 or not numeric[i] else c.rjust(w)
-            for i, (c, w) in enumerate(zip(r, widths, strict=True))
-        )
-        for r in cells
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+def write_evaluation(root: Path, samples: list[dict], replies: dict[str, list[str]]) -> Path:
+    """Scores the models' replies with their intervals, and writes the report of it all; returns its path."""
+    about = {
+        ARM_TITLES[arm]: {"target": ARM_FOLDERS.get(arm, arm), "history": history, "media": media}
+        for arm, (history, media) in ARMS.items()
+    }
+    classifier = str(root / "parts" / "emotion_classifier")
+    metrics = ("emotion_score", "dist1", "corpus_dist1")
+    write_scored_replies(
+        root / "evaluation",
+        samples,
+        {ARM_TITLES[arm]: texts for arm, texts in replies.items()},
+        Scoring(metrics=metrics, classifier=classifier, pooling=POOLING, device="cpu"),
+        settings={"data": str(root / "data"), "split": "test", "samples": TEST_SAMPLES},
+        systems=about,
+        baseline=ARM_TITLES["memory_av"],
+    )
+    return write_report([root])
 
 
 def report(results: dict, replies: dict[str, list[str]], samples: list[dict]) -> str:
@@ -305,7 +315,7 @@ def report(results: dict, replies: dict[str, list[str]], samples: list[dict]) ->
 
 def quickstart(output: str = "runs/quickstart") -> dict:
     """
-    Trains and evaluates everything; writes `model/` (one whole checkpoint) and `results.json`.
+    Trains and evaluates everything; writes `model/` (one whole checkpoint), `results.json` and `report.html`.
 
     Returns:
         The results, as in `results.json`.
@@ -355,5 +365,7 @@ def quickstart(output: str = "runs/quickstart") -> dict:
     replies = {arm: [outcome["replies"][i] for i in shown] for arm, outcome in arms.items()}
     text = report(results, replies, [samples[i] for i in shown])
     (root / "report.txt").write_text(text + "\n", encoding="utf-8")
-    print(f"\n{text}\n\nThe checkpoint is {root / 'model'}; talk to it with: empathic chat {root / 'model'}")
+    page = write_evaluation(root, samples, {arm: outcome["replies"] for arm, outcome in arms.items()})
+    print(f"\n{text}\n\nWith plots, intervals and clips: {page}")
+    print(f"The checkpoint is {root / 'model'}; talk to it with: empathic chat {root / 'model'}")
     return results
