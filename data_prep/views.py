@@ -166,12 +166,12 @@ def _pick(dataset: Dataset, values: np.ndarray) -> np.ndarray:
     return values if indices is None else values[indices.column(0).to_numpy()]
 
 
-def _is_there(dataset: Dataset, name: str) -> np.ndarray:
+def is_there(dataset: Dataset, name: str) -> np.ndarray:
     """Which rows have a value in the column, (rows,) bool."""
     return _pick(dataset, dataset.data.column(name).is_valid().to_numpy())
 
 
-def _says_something(dataset: Dataset) -> np.ndarray:
+def says_something(dataset: Dataset) -> np.ndarray:
     """Which rows have a text that is not empty, (rows,) bool."""
     length = pc.fill_null(pc.binary_length(dataset.data.column("text")), 0)
     return _pick(dataset, length.to_numpy() > 0)
@@ -261,8 +261,8 @@ class EmotionClips:
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset.with_format(None)
-        has_clip = _is_there(dataset, "audio") | _is_there(dataset, "video")
-        self.places = np.flatnonzero(_is_there(dataset, "emotion") & has_clip)
+        has_clip = is_there(dataset, "audio") | is_there(dataset, "video")
+        self.places = np.flatnonzero(is_there(dataset, "emotion") & has_clip)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -280,7 +280,7 @@ class Utterances:
 
     def __init__(self, dataset: Dataset):
         self.texts = dataset.select_columns(list(UTTERANCE)).with_format(None)
-        self.places = np.flatnonzero(_says_something(dataset))
+        self.places = np.flatnonzero(says_something(dataset))
 
     def __len__(self) -> int:
         return len(self.places)
@@ -332,7 +332,7 @@ class DialogueSamples:
         first = np.repeat(starts, np.diff(starts, append=len(dataset)))  # of each row, where its dialogue starts
         codes, names = _codes(dataset, "speaker")
         # As `is_reply`, for all rows at once.
-        replies = _says_something(dataset) & (np.diff(codes, prepend=codes[:1]) != 0)
+        replies = says_something(dataset) & (np.diff(codes, prepend=codes[:1]) != 0)
         replies[starts] = False
         if speakers is not None:
             replies &= np.isin(codes, [code for code, name in enumerate(names) if name in speakers])

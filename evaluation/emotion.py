@@ -16,7 +16,7 @@ import numpy as np
 from datasets import Dataset, load_dataset
 
 from empathic.configuration_empathic import EMOTIONS
-from empathic.data_prep.views import EmotionClips, _is_there, _says_something
+from empathic.data_prep.views import EmotionClips, is_there, says_something
 from empathic.evaluation.dialogue import close_process, open_process
 from empathic.evaluation.generation import answer, prepare_readable
 from empathic.evaluation.metrics import accuracy
@@ -55,7 +55,7 @@ class EmotionSamples(EmotionClips):
     def __init__(self, dataset: Dataset):
         super().__init__(dataset)
         labelled = len(self.places)
-        whole = _is_there(dataset, "audio") & _is_there(dataset, "video") & _says_something(dataset)
+        whole = is_there(dataset, "audio") & is_there(dataset, "video") & says_something(dataset)
         self.places = self.places[whole[self.places]]
         self.left_out = labelled - len(self.places)
 
@@ -120,25 +120,6 @@ def name_emotions(model, processor, samples: Sequence[dict], setting: str) -> li
     there = [inputs for inputs, _ in prepared if inputs is not None]
     texts = iter([found.text for found in answer(model, processor, there, MAX_NEW_TOKENS)] if there else [])
     return [("" if inputs is None else next(texts), note) for inputs, note in prepared]
-
-
-def emotion_table(
-    model, processor, samples: Sequence[dict], settings: dict[str, str], batch_size: int = 64
-) -> dict[str, float]:
-    """
-    Accuracy of the emotion that a loaded model names, by what it is shown.
-
-    Args:
-        samples: of `EmotionSamples`.
-        settings: {name in the result: name in `SETTINGS`}.
-    """
-    expected, found = [], {name: [] for name in settings}
-    for start in range(0, len(samples), batch_size):
-        batch = [samples[place] for place in range(start, min(start + batch_size, len(samples)))]
-        expected += [sample["reply"] for sample in batch]
-        for name, setting in settings.items():
-            found[name] += [text for text, _ in name_emotions(model, processor, batch, setting)]
-    return {name: accuracy(answers, expected)["accuracy"] for name, answers in found.items()}
 
 
 def score_answers(rows: list[dict], confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> dict:

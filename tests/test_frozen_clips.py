@@ -34,10 +34,8 @@ def counts(monkeypatch):
 
 
 def run(stage, recordings, base, folder, *options):
-    train.main(
-        ["--stage", stage, "--dataset_name", recordings.data, "--output_dir", str(folder)]
-        + ["--model_name_or_path", str(base), *OPTIONS, *options]
-    )
+    given = ["--stage", stage, "--dataset_name", recordings.data, "--output_dir", str(folder)]
+    train.main([*given, "--model_name_or_path", str(base), *OPTIONS, *options])
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return [entry[name] for entry in history for name in ("loss", "eval_loss") if name in entry]
 
