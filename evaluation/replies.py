@@ -54,7 +54,8 @@ def write_replies(
     what else the system says of it.
 
     Every process of `accelerate launch` calls it alike; all return once the file is whole. Replies that are there
-    already, made under the same settings, seed and data, are not made again; a batch that a stop cut through is.
+    already, made under the same settings, seed and data, are not made again; a batch that a stop cut through is, and
+    those that an endpoint failed to give are asked for again.
     A clip that changed in its place is not noticed: give a new folder then.
 
     Args:
@@ -78,11 +79,11 @@ def write_replies(
     run = _digest([system.settings, seed, _rows_digest(samples)])[:12]
     batches = list(_batches(samples, system.batch_size))
     parts.mkdir(parents=True, exist_ok=True)
-    done = set(_read_parts(parts, run))
-    if is_main and not done and any(parts.glob("*.jsonl")):
+    before = _read_parts(parts, run)
+    if is_main and not before and any(parts.glob("*.jsonl")):
         logger.warning(f"{parts} holds replies of other settings or data: they are not used, and all are made anew.")
     _wait(accelerator)  # all have read the same parts, and divide what is left alike
-    missing = [batch for batch in batches if batch.key not in done]
+    missing = [batch for batch in batches if batch.key not in before or _failed(before[batch.key])]
     mine = missing[rank::world]
     if mine:
         bar = tqdm(
@@ -93,7 +94,11 @@ def write_replies(
         )
         with bar, _new_part(parts, run, rank) as file:
             for batch in mine:
-                rows = _reply(system, [samples[place] for place in range(batch.start, batch.end)], seed)
+                rows = before.get(batch.key) or [None] * (batch.end - batch.start)
+                again = _failed(rows) or range(len(rows))
+                made = _reply(system, [samples[batch.start + place] for place in again], seed)
+                for place, row in zip(again, made, strict=True):
+                    rows[place] = row
                 lines = [json.dumps({"batch": batch.key, "of": len(rows), **row}, ensure_ascii=False) for row in rows]
                 file.write("".join(f"{line}\n" for line in lines))
                 file.flush()
@@ -209,6 +214,11 @@ def _wait(accelerator) -> None:
         accelerator.wait_for_everyone()
 
 
+def _failed(rows: list[dict | None]) -> list[int]:
+    """Which of a batch's replies an endpoint failed to give."""
+    return [place for place, row in enumerate(rows) if row is not None and row.get("finish_reason") == "failed"]
+
+
 def _new_part(parts: Path, run: str, rank: int):
     """A new file of this process; those of earlier runs, which may end in half a line, stay as they are."""
     number = 0
@@ -233,7 +243,10 @@ def _read_parts(parts: Path, run: str) -> dict[str, list[dict]]:
             key = row.pop("batch")
             sizes[key] = row.pop("of")
             mine.setdefault(key, []).append(row)
-        found |= {key: rows for key, rows in mine.items() if len(rows) == sizes[key]}
+        for key, rows in mine.items():
+            is_whole = len(rows) == sizes[key]
+            if is_whole and (key not in found or len(_failed(rows)) < len(_failed(found[key]))):
+                found[key] = rows
     return found
 
 

@@ -72,6 +72,33 @@ def test_what_is_there_is_not_made_again_and_other_settings_are(samples, tmp_pat
     assert write(back, samples, tmp_path).read_bytes() == content and back.asked == []
 
 
+class Unreliable(Echo):
+    """An endpoint that gives no reply to some turns."""
+
+    def __init__(self, fails, **settings):
+        super().__init__(batch_size=4, **settings)
+        self.fails = fails
+
+    def reply(self, samples, seeds):
+        replies = super().reply(samples, seeds)
+        failed = Reply("", {"finish_reason": "failed"})
+        return [failed if s["dialogue_id"] in self.fails else r for s, r in zip(samples, replies, strict=True)]
+
+
+def test_what_an_endpoint_failed_to_give_is_asked_for_again(samples, tmp_path):
+    names = list(dict.fromkeys(sample["dialogue_id"] for sample in samples))
+    rows = read_replies(write(Unreliable(names[1:]), samples, tmp_path))
+    assert [row["reply"] == "" for row in rows] == [False] * 3 + [True] * 6
+    once_more = Unreliable(names[2:])
+    rows = read_replies(write(once_more, samples, tmp_path))
+    assert [name for name, _ in once_more.asked] == [names[1]] * 3 + [names[2]] * 3  # and none of the first
+    assert [row["reply"] == "" for row in rows] == [False] * 6 + [True] * 3
+    # What was there is kept if it fails now.
+    still = read_replies(write(Unreliable(names), samples, tmp_path))
+    assert still == rows
+    assert all(row["reply"] for row in read_replies(write(Unreliable([]), samples, tmp_path)))
+
+
 def test_more_samples_begin_with_the_same_batches(samples, recordings, tmp_path):
     fewer = DialogueSamples(load_dataset(recordings.data, split="validation"))
     fewer.places = fewer.places[:5]
