@@ -1,6 +1,7 @@
 """The supervised stages' loss on rows packed into one, without padding and without logits."""
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from empathic.trainers.frozen_outputs import frozen_inputs, is_frozen_key
 from empathic.trainers.log_probabilities import log_probabilities_from
 from empathic.trainers.preference_collator import IGNORE
 from empathic.trainers.shared_prefix import CannotShare, drops, enable_pair_layouts, why_not_packed
+from empathic.trainers.varlen_attention import Segments, attend_in_one_call
 
 logger = logging.get_logger(__name__)
 
@@ -21,7 +23,8 @@ class RowLayout:
     A packed row `prefix | rest of row 0 | rest of row 1 | ...`: each row sees the prefix and itself.
 
     Attention runs over the rows side by side again, padded to the longest rest: there padding costs little. All the
-    rest of a layer, where nearly all of its arithmetic is, runs without.
+    rest of a layer, where nearly all of its arithmetic is, runs without. On a GPU in half precision a variable-length
+    kernel needs no padding in attention either.
 
     Args:
         prefix: tokens that the rows share.
@@ -39,9 +42,26 @@ class RowLayout:
         # Padding at the end is seen by no row, so the causal mask is that of all; and no query sees nothing.
         causal = place[:, None] >= place
         self.mask = torch.cat([causal.new_ones(len(place), prefix), causal], dim=1)
+        ends = [prefix, *(prefix + end for end in accumulate(rests))]
+        own = [(0, prefix, 0, 0)] if prefix else []
+        self._ranges = [*own, *((start, end, 0, prefix) for start, end in pairwise(ends))]
+        self._segments: Segments | None = None
 
     def attend(self, query, key, value, dropout: float, scale: float | None) -> torch.Tensor:
         """Attention (1, length, heads, width) of states (1, heads, length, width)."""
+
+        def segments() -> Segments:
+            if self._segments is None:
+                self._segments = Segments(self._ranges, query.device)
+            return self._segments
+
+        def plain(*states) -> torch.Tensor:
+            return self._side_by_side(*states, dropout, scale)
+
+        output = None if dropout > 0 else attend_in_one_call(segments, plain, query, key, value, scale)
+        return plain(query, key, value) if output is None else output
+
+    def _side_by_side(self, query, key, value, dropout: float, scale: float | None) -> torch.Tensor:
         options = {"dropout_p": dropout, "scale": scale}
         # (rows, heads, longest, width)
         queries, keys, values = (states[0][:, self.index].transpose(0, 1) for states in (query, key, value))

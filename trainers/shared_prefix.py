@@ -5,7 +5,8 @@ positions go on from the prompt's end, and it does not see the chosen one. The r
 each sees itself alone. So every hidden state is that of the sequence run by itself.
 
 No mask of the whole row is made, of which the work would grow with the square of its length. Each layer's attention
-runs pair by pair: the causal kernel over prompt and chosen, then a small masked call for the rejected reply.
+runs pair by pair: the causal kernel over prompt and chosen, then a small masked call for the rejected reply. On a GPU
+in half precision one call of a variable-length kernel does them all.
 """
 
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from empathic.trainers.preference_collator import IGNORE
+from empathic.trainers.varlen_attention import Segments, attend_in_one_call
 
 # In a packed row the attention of all of these is torch's scaled_dot_product_attention, which has flash kernels too.
 IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flash_attention_3")
@@ -40,6 +42,7 @@ class PairLayout:
     attended: int = 0
     obstacle: str | None = None
     _masks: dict = field(default_factory=dict, repr=False)
+    _segments: Segments | None = field(default=None, repr=False)
 
     def mask(self, index: int, device: torch.device) -> torch.Tensor:
         """What the rejected reply of a pair sees of the pair, (its length, the pair's length): itself and the prefix,
@@ -53,6 +56,22 @@ class PairLayout:
 
     def attend(self, query, key, value, dropout: float, scale: float | None) -> torch.Tensor:
         """Attention (1, length, heads, width) of states (1, heads, length, width)."""
+
+        def segments() -> Segments:
+            if self._segments is None:
+                found = []
+                for start, shared, rejected, end in self.spans:
+                    found += [(start, rejected, start, start), (rejected, end, start, start + shared)]
+                self._segments = Segments([each for each in found if each[0] < each[1]], query.device)
+            return self._segments
+
+        def plain(*states) -> torch.Tensor:
+            return self._pair_by_pair(*states, dropout, scale)
+
+        output = None if dropout > 0 else attend_in_one_call(segments, plain, query, key, value, scale)
+        return plain(query, key, value) if output is None else output
+
+    def _pair_by_pair(self, query, key, value, dropout: float, scale: float | None) -> torch.Tensor:
         outputs = []
         for index, (start, _, rejected, end) in enumerate(self.spans):
             first, second, pair = slice(start, rejected), slice(rejected, end), slice(start, end)

@@ -1,0 +1,87 @@
+"""Attention of many segments of a packed row in one call of a GPU's variable-length flash kernel."""
+
+import logging
+from collections.abc import Callable
+from itertools import accumulate
+
+import torch
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # an older torch
+    varlen_attn = None
+
+logger = logging.getLogger(__name__)
+
+# How far the kernel may be from the plain way, beside the largest output: that of half precision's rounding.
+TOLERANCE = 0.02
+# Whether the kernel gave what the plain way gives, in this process; None: not tried yet.
+_is_right: bool | None = None
+
+
+def kernel_for(query: torch.Tensor) -> Callable | None:
+    """torch's variable-length attention where it runs: on a GPU of compute capability 8 or more, in half precision."""
+    if varlen_attn is None or not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    return varlen_attn if torch.cuda.get_device_capability(query.device)[0] >= 8 and query.shape[-1] <= 256 else None
+
+
+class Segments:
+    """
+    Segments of a packed row, each of which sees a prefix that lies elsewhere in the row, and then itself causally.
+
+    Args:
+        segments: (start, end, start of its prefix, end of its prefix) of each, as offsets in the row; the segments lie
+            one after the other and fill it.
+    """
+
+    def __init__(self, segments: list[tuple[int, int, int, int]], device: torch.device):
+        queries = [end - start for start, end, _, _ in segments]
+        keys = [end - start + behind - before for start, end, before, behind in segments]
+        places = [[*range(before, behind), *range(start, end)] for start, end, before, behind in segments]
+        self.keys = torch.tensor([place for row in places for place in row], device=device)
+        self.bounds = [
+            torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device) for lengths in (queries, keys)
+        ]
+        self.longest = max(queries), max(keys)
+
+    def attend(self, kernel: Callable, query, key, value, scale: float | None) -> torch.Tensor:
+        """Attention (1, length, heads, width) of states (1, heads, length, width)."""
+        query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+        # With fewer queries than keys, the kernel's causal mask is aligned at the end, as it has to be here.
+        output = kernel(
+            query.contiguous(),
+            key[self.keys],
+            value[self.keys],
+            *self.bounds,
+            *self.longest,
+            scale=scale,
+            window_size=(-1, 0),
+        )
+        return output[None]
+
+
+def attend_in_one_call(segments: Callable[[], Segments], plain: Callable, query, key, value, scale: float | None):
+    """
+    The attention of `Segments` by the kernel, or None where there is none, or where its first result was not that of
+    `plain`, a function of (query, key, value): then one line of the log says so.
+    """
+    global _is_right
+    kernel = kernel_for(query)
+    if kernel is None or _is_right is False:
+        return None
+    if _is_right is None:
+        states = query.detach(), key.detach(), value.detach()
+        try:
+            with torch.no_grad():
+                wanted, found = plain(*states), segments().attend(kernel, *states, scale)
+            far = (wanted - found).abs().max().item() / max(wanted.abs().max().item(), 1e-6)
+        except Exception as error:  # a kernel that does not run shows as many kinds of error
+            far, reason = float("inf"), f"{type(error).__name__}: {error}"
+        else:
+            reason = f"its result differs by {far:.3g} of the largest value"
+        _is_right = far <= TOLERANCE
+        if not _is_right:
+            logger.warning("torch's variable-length attention is not used: %s.", reason)
+            return None
+    return segments().attend(kernel, query, key, value, scale)
