@@ -73,7 +73,9 @@ def test_one_call_is_the_plain_way(name, states, monkeypatch):
     assert len(calls) == 3, "the kernel has no dropout"
 
 
-@pytest.mark.parametrize(("bad", "reason"), [(wrong_kernel, "its result differs"), (missing_kernel, "RuntimeError: no kernel")])
+@pytest.mark.parametrize(
+    ("bad", "reason"), [(wrong_kernel, "its result differs"), (missing_kernel, "RuntimeError: no kernel")]
+)
 def test_a_kernel_that_is_wrong_or_does_not_run_is_left_alone(bad, reason, states, monkeypatch, caplog):
     monkeypatch.setattr(varlen_attention, "_is_right", None)
     plain, _ = run(LAYOUTS["pairs"](), states)
