@@ -6,12 +6,14 @@ import sys
 from empathic.commands import (
     chat,
     counter,
+    demo,
     evaluate,
     merge,
     prepare,
     prepare_features,
     push,
     push_metric,
+    push_space,
     quickstart,
     study,
     train,
@@ -33,7 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
         merge,
         push,
         push_metric,
+        push_space,
         chat,
+        demo,
     ):
         module.add(commands)
     return parser

@@ -20,6 +20,8 @@ COMMANDS = (
     "merge",
     "push",
     "push-metric",
+    "demo",
+    "push-space",
     "chat",
 )
 
