@@ -317,7 +317,7 @@ def hub(tmp_path, monkeypatch):
     import time
     from types import SimpleNamespace
 
-    from huggingface_hub import constants, utils
+    from huggingface_hub import constants, hf_api, utils
     from huggingface_hub.utils import _http
 
     monkeypatch.syspath_prepend(os.path.dirname(__file__))
@@ -328,6 +328,7 @@ def hub(tmp_path, monkeypatch):
             monkeypatch.setenv(name, value)
         # The client read its environment when it was imported.
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf_home" / "hub"))

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import sqlite3
+import subprocess
 import sys
 import tempfile
 from types import ModuleType, SimpleNamespace
@@ -223,12 +224,16 @@ def test_tensorboard_has_scalars_and_replies(data, base_folder, tmp_path):
     assert any(first["target"] in text for text in found["texts"]["samples/1/text_summary"])
 
 
-def test_trackio_has_scalars_and_replies(data, base_folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
-    trackio = pytest.importorskip("trackio")
+def test_trackio_has_scalars_and_replies(data, base_folder, tmp_path):
+    pytest.importorskip("trackio")
     argv = options("memory_multi", data, base_folder, tmp_path, "--report_to", "trackio", *EVALUATE)
-    train.main([*argv, "--run_name", "one", "--project", "monitor"])
-    trackio.finish()  # what came after training, which a process does at its end
+    # In a process of its own: trackio reads its folder when it is first imported.
+    subprocess.run(
+        [sys.executable, "-m", "empathic.trainers.train", *argv, "--run_name", "one", "--project", "monitor"],
+        env={**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=300,
+    )
     with sqlite3.connect(tmp_path / "trackio" / "monitor.db") as file:
         rows = [json.loads(row) for (row,) in file.execute("SELECT metrics FROM metrics ORDER BY id")]
     wanted = [log["tokens_per_second"] for log in history(tmp_path) if "loss" in log]
