@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ if CHROMIUM is None:
     pytest.skip("There is no Chromium on this machine (Debian: apt install chromium).", allow_module_level=True)
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (extra `dev`).")
 pytest.importorskip("gradio", reason="Gradio is not installed (extra `demo`).")
+
+pytestmark = pytest.mark.slow  # a minute of a browser's time
 
 # A microphone that hums and a camera that shows a test picture, both allowed.
 FAKE_DEVICES = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
@@ -178,6 +181,9 @@ def test_two_visitors_and_their_mistakes(server, browser, clip, tmp_path, write_
     one.wait_for_selector("#notice .error:has-text('20 s long; 5 s')")
     say(one, "how are you", 2)
     assert one.locator("#notice .error").count() == 0 and said(two) == ["the old dog"]
+    deadline = time.monotonic() + 15  # what was refused is deleted when its request has ended
+    while any(path.is_file() for path in uploads.rglob("*")) and time.monotonic() < deadline:
+        one.wait_for_timeout(200)
     assert [path for path in uploads.rglob("*") if path.is_file()] == []
     for page in (one, two):
         page.context.close()
@@ -221,8 +227,10 @@ def test_voice_from_a_microphone(server, browser):
     page.click("#media > button")
     page.click("#voice button:has-text('Record')")
     page.wait_for_timeout(1500)
-    page.click("#voice button:has-text('Stop')")
+    with page.expect_response(lambda response: "/upload" in response.url):
+        page.click("#voice button:has-text('Stop')")
     page.wait_for_selector("#voice .component-wrapper, #voice audio, #voice [data-testid*=waveform]", state="attached")
+    page.wait_for_timeout(1500)  # the page takes up what was sent
     say(page, "hello there", 1)
     assert said(page) == ["hello there\n\nwith voice"] and page.locator("#past .bars li").count() == 7
     assert problems == []
