@@ -20,6 +20,24 @@ def add_licence_option(parser) -> None:
     )
 
 
+def add_hub_options(parser) -> None:
+    """The options of every push."""
+    parser.add_argument("--public", action="store_true", help="for everybody's eyes")
+    parser.add_argument("--token", help="of the Hub; better: log in with `hf auth login`, or set HF_TOKEN")
+    parser.add_argument("--revision", help="branch; made if it is not there (main)")
+    parser.add_argument("--message", help="of the commit")
+
+
+def hub_options(arguments) -> dict:
+    """What those say, as the pushing functions take it."""
+    return {
+        "private": not arguments.public,
+        "token": arguments.token,
+        "revision": arguments.revision,
+        "commit_message": arguments.message,
+    }
+
+
 def push_written(arguments, folder: str) -> int:
     """Pushes a data set if `--push-to-hub` asks for it; returns the exit status."""
     if arguments.push_to_hub is None:
@@ -38,12 +56,7 @@ def push_written(arguments, folder: str) -> int:
 def run(arguments) -> int:
     from empathic.hub import PushError, kind_of, push_dataset
 
-    options = {
-        "private": not arguments.public,
-        "token": arguments.token,
-        "revision": arguments.revision,
-        "commit_message": arguments.message,
-    }
+    options = hub_options(arguments)
     try:
         if kind_of(arguments.folder) in ("dataset", "pairs"):
             if arguments.base is not None:
@@ -72,9 +85,6 @@ def add(commands) -> None:
     )
     sub.add_argument("folder", metavar="FOLDER", help="what `prepare`, `counter`, `train` or `merge` wrote")
     sub.add_argument("id", metavar="ID", help="owner/name on the Hub")
-    sub.add_argument("--public", action="store_true", help="for everybody's eyes")
     add_licence_option(sub)
     sub.add_argument("--base", help="of a stage that stands on a folder: where that base was pushed to")
-    sub.add_argument("--token", help="of the Hub; better: log in with `hf auth login`, or set HF_TOKEN")
-    sub.add_argument("--revision", help="branch; made if it is not there (main)")
-    sub.add_argument("--message", help="of the commit")
+    add_hub_options(sub)

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from empathic.commands import add_command
+from empathic.commands.push import add_hub_options, hub_options
 
 MODULES = Path(__file__).parents[1] / "evaluation" / "modules"
 
@@ -64,10 +65,7 @@ def run(arguments) -> int:
         url = push_metric(
             arguments.name,
             arguments.id,
-            private=not arguments.public,
-            token=arguments.token,
-            revision=arguments.revision,
-            commit_message=arguments.message,
+            **hub_options(arguments),
         )
     except PushError as error:
         print(error, file=sys.stderr)
@@ -87,7 +85,4 @@ def add(commands) -> None:
     )
     sub.add_argument("name", choices=names(), metavar="NAME", help=", ".join(names()))
     sub.add_argument("id", metavar="ID", help="owner/NAME on the Hub")
-    sub.add_argument("--public", action="store_true", help="for everybody's eyes")
-    sub.add_argument("--token", help="of the Hub; better: log in with `hf auth login`, or set HF_TOKEN")
-    sub.add_argument("--revision", help="branch; made if it is not there (main)")
-    sub.add_argument("--message", help="of the commit")
+    add_hub_options(sub)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from empathic.commands import add_command
 from empathic.commands.demo import add_limit_options
+from empathic.commands.push import add_hub_options, hub_options
 
 
 def push_space(
@@ -72,10 +73,7 @@ def run(arguments) -> int:
             limits=Limits(megabytes=arguments.max_upload_mb, seconds=arguments.max_seconds),
             concurrency=arguments.concurrency,
             max_new_tokens=arguments.max_new_tokens,
-            private=not arguments.public,
-            token=arguments.token,
-            revision=arguments.revision,
-            commit_message=arguments.message,
+            **hub_options(arguments),
         )
     except PushError as error:
         print(error, file=sys.stderr)
@@ -97,7 +95,4 @@ def add(commands) -> None:
     sub.add_argument("model", metavar="MODEL", help="id of the model on the Hub")
     sub.add_argument("id", metavar="ID", help="owner/name of the Space")
     add_limit_options(sub)
-    sub.add_argument("--public", action="store_true", help="for everybody's eyes")
-    sub.add_argument("--token", help="of the Hub; better: log in with `hf auth login`, or set HF_TOKEN")
-    sub.add_argument("--revision", help="branch; made if it is not there (main)")
-    sub.add_argument("--message", help="of the commit")
+    add_hub_options(sub)
