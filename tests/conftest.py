@@ -319,6 +319,7 @@ def hub(tmp_path, monkeypatch):
 
     from huggingface_hub import constants, hf_api, utils
     from huggingface_hub.utils import _http
+    from transformers.utils import hub as transformers_hub
 
     monkeypatch.syspath_prepend(os.path.dirname(__file__))
     from hub_server import HubServer
@@ -329,6 +330,8 @@ def hub(tmp_path, monkeypatch):
         # The client read its environment when it was imported.
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+        # transformers makes a client at its first use and keeps it, with the endpoint of that moment.
+        monkeypatch.setattr(transformers_hub, "_hf_api", None)
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf_home" / "hub"))
