@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from datasets import load_dataset
 
-from empathic.data_prep.candidates import EmpathicGenerator, Sampling, message_text
+from empathic.data_prep.candidates import EmpathicGenerator, message_text
 from empathic.data_prep.counter import counter_pairs, identity_of
 from empathic.data_prep.folder import prepare_folder
 from empathic.data_prep.views import DialogueSamples, conversations, utterances
@@ -34,6 +34,7 @@ from empathic.evaluation.report import write_report
 from empathic.evaluation.scores import Scoring
 from empathic.evaluation.tables import reply_row, reward_row, table
 from empathic.processing_empathic import EmpathicProcessor
+from empathic.sampling import Sampling
 from empathic.tiny.corpus import write_corpus
 from empathic.tiny.dialogues import ASSISTANT, CONTENT_WORDS, emotion_sentences, make_dialogues, words_of
 from empathic.tiny.emotion_classifier import train_emotion_classifier

@@ -34,7 +34,6 @@ from empathic.data_prep.audit import Audit, page
 from empathic.data_prep.candidates import (
     CausalGenerator,
     EmpathicGenerator,
-    Sampling,
     VllmGenerator,
     message_text,
 )
@@ -46,6 +45,7 @@ from empathic.evaluation.emotion_features import POOLINGS, EmotionFeatures
 from empathic.evaluation.metrics import cosine
 from empathic.modeling_empathic import EmpathicForConditionalGeneration
 from empathic.processing_empathic import EmpathicProcessor
+from empathic.sampling import Sampling
 
 logger = logging.get_logger(__name__)
 

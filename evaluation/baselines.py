@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from empathic.data_prep.candidates import SeededSampler
 from empathic.data_prep.counter import identity_of
 from empathic.evaluation.systems import Common, Reply
+from empathic.sampling import SeededSampler
 from empathic.trainers.baseline_models import load_baseline, load_processor, longest_input
 from empathic.trainers.baseline_prompts import FRAMES_AS, KINDS, SYSTEM_PROMPT, BaselinePrompts
 

@@ -18,10 +18,10 @@ from typing import Protocol
 import torch
 from peft import PeftModel
 
-from empathic.data_prep.candidates import Sampling, SeededSampler
 from empathic.data_prep.counter import identity_of
 from empathic.evaluation.generation import answer, prepare_readable
 from empathic.processing_empathic import EmpathicProcessor
+from empathic.sampling import Sampling, SeededSampler
 from empathic.trainers.checkpoint import load_model
 from empathic.trainers.model_card import read_record
 from empathic.trainers.samples import dialogue_sample

@@ -16,12 +16,13 @@ from empathic.composition_empathic import STAGE_FILE
 from empathic.configuration_empathic import EMOTIONS
 from empathic.data_prep import counter
 from empathic.data_prep.audit import BINS
-from empathic.data_prep.candidates import EmpathicGenerator, Reply, Sampling
+from empathic.data_prep.candidates import EmpathicGenerator, Reply
 from empathic.data_prep.counter import counter_pairs, identity_of, write_candidates
 from empathic.data_prep.pairs import drop_reasons, normalised, overlap, select
 from empathic.data_prep.schema import row_features
 from empathic.data_prep.views import DialogueSamples, make_sample
 from empathic.evaluation.emotion_features import POOLINGS
+from empathic.sampling import Sampling
 from empathic.trainers import EPOConfig, EPOTrainer
 from empathic.trainers.preference_collator import PreferenceCollator
 

@@ -15,10 +15,9 @@ from empathic.data_prep.candidates import (
     CausalGenerator,
     EmpathicGenerator,
     Reply,
-    Sampling,
-    SeededSampler,
     VllmGenerator,
 )
+from empathic.sampling import Sampling, SeededSampler
 
 LORA = dict(r=4, lora_alpha=64, target_modules=r".*language_model.*\.(q_proj|v_proj)", init_lora_weights=False)
 CHAT = """{% for m in messages %}<|im_start|>{{ m.role }}
