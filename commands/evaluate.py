@@ -188,9 +188,11 @@ def add_report(commands) -> None:
         "report",
         report,
         "write all results of a folder as one page, as Markdown and as LaTeX tables",
-        "empathic evaluate report runs/evaluation",
+        "empathic evaluate report runs/evaluation study",
     )
-    sub.add_argument("folders", nargs="+", metavar="FOLDER", help="what was evaluated; folders right below count too")
+    sub.add_argument(
+        "folders", nargs="+", metavar="FOLDER", help="what was evaluated, and studies; those right below count too"
+    )
     sub.add_argument("--output", metavar="FOLDER", help="folder to write (the first FOLDER)")
     sub.add_argument(
         "--samples", type=int, default=6, metavar="N", help="conversations shown of each data set (%(default)s)"

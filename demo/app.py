@@ -14,6 +14,7 @@ from transformers.utils import logging
 from empathic.demo.emotions import name_emotion
 from empathic.demo.examples import Example
 from empathic.demo.render import plain, render_conversation, render_notice, render_turn
+from empathic.demo.serving import forgetting, receive_route
 from empathic.demo.session import Chatbot, Conversation, ConversationError, Stopped, Turn
 from empathic.demo.uploads import Limits, UploadError, discard, read_upload
 from empathic.media_empathic import MediaError
@@ -44,6 +45,7 @@ class Page:
         concurrency: turns that are answered at once; the others wait in the queue.
         queue: how many may wait.
         examples: to start from.
+        keep_seconds: for how long the conversation of a visitor who left is kept, should only a connection have broken.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Page:
         concurrency: int = 1,
         queue: int = 64,
         examples: Sequence[Example] = (),
+        keep_seconds: float = 1800,
     ):
         self.chatbot, self.limits = chatbot, limits or Limits()
         self.model = {"concurrency_limit": concurrency, "concurrency_id": "model"}
@@ -61,6 +64,8 @@ class Page:
         self.folder = tempfile.TemporaryDirectory(prefix="empathic-examples-")
         self.clips = {name: self._copy(example.clip) for name, example in self.examples.items()}
         self.kept = {path.name for path in self.clips.values()}
+        self.keep_seconds = keep_seconds
+        self.uploads: dict[str, set[str]] = {}  # by visitor
         self.blocks = self._build()
         self.blocks.queue(max_size=queue)
 
@@ -75,8 +80,11 @@ class Page:
             "max_file_size": int(self.limits.megabytes * 1e6),
             "footer_links": ["api"],
             "ssr_mode": False,
-            "state_session_capacity": 1000,
+            "state_session_capacity": 300,
+            "app_kwargs": {"lifespan": forgetting(self._forget, self.keep_seconds)},
         }
+        if "auth" not in options:  # Gradio's own route for uploads asks who is logged in
+            settings["app_kwargs"]["routes"] = [receive_route(self.limits)]
         self.blocks.launch(**{**settings, **options})
 
     def _copy(self, clip: Path) -> Path:
@@ -89,7 +97,7 @@ class Page:
         with gr.Blocks(title="empathic", analytics_enabled=False, delete_cache=(300, 1800)) as blocks:
             gr.HTML(
                 f"<h1>Talk to it with your face and voice</h1><p>Model: {plain(self.chatbot.checkpoints[0].name)}. "
-                "Clips are deleted once they are read, and nothing is kept when you leave.</p>",
+                "Clips are deleted once they are read or you leave, and what was said soon after you left.</p>",
                 elem_id="head",
             )
             self.conversation = gr.State(Conversation())
@@ -184,6 +192,8 @@ class Page:
         )
         self.load.upload(self._load, [self.load, self.conversation], answering, **quick)
         self.example.input(self._start_from, self.example, answering, **quick)
+        for component in (self.voice, self.clip):
+            component.change(self._hold, component, None, **quick)
         blocks.unload(self._leave)
 
     # ------------------------------------------------------------------ what happens on it
@@ -243,7 +253,18 @@ class Page:
         self.chatbot.stop(request.session_hash)
 
     def _leave(self, request: gr.Request) -> None:
-        self.chatbot.forget(request.session_hash)
+        self._forget(request.session_hash)
+
+    def _forget(self, visitor: str) -> None:
+        for key in (visitor, _program(visitor)):
+            self.chatbot.forget(key)
+        for path in self.uploads.pop(visitor, ()):
+            self._discard(path)
+
+    def _hold(self, path: str | None, request: gr.Request) -> None:
+        """Notes whose file it is, so that it goes with the visitor."""
+        if path is not None:
+            self.uploads.setdefault(request.session_hash, set()).add(path)
 
     def _edit(self, conversation, editing) -> dict:
         if editing:
@@ -358,7 +379,7 @@ class Page:
         try:
             self.limits.check_text(text or "")
             base = Conversation() if conversation is None else Conversation.from_record(conversation)
-            visitor = f"program {request.session_hash}"
+            visitor = _program(request.session_hash)
             turn = None
             for turn in self.chatbot.turn(visitor, base, text or "", self._read(voice, clip), memory=memory):
                 if turn.answers:
@@ -385,6 +406,11 @@ class Page:
         except REFUSALS as error:
             raise gr.Error(str(error), print_exception=False) from None
         return found
+
+
+def _program(session: str) -> str:
+    """Under which key a program talks; the page has Gradio's."""
+    return f"program {session}"
 
 
 def _described(turn: Turn) -> dict:

@@ -39,12 +39,14 @@ class Limits:
         seconds: of a clip.
         characters: of a text.
         decode_seconds: what reading a file may take.
+        upload_seconds: what sending a file may take.
     """
 
     megabytes: float = 32
     seconds: float = 60
     characters: int = 4000
     decode_seconds: float = 30
+    upload_seconds: float = 600
 
     def check_text(self, text: str) -> None:
         """Raises `UploadError` for a text that is too long."""
@@ -112,7 +114,7 @@ def read_upload(path: str, kinds: Sequence[str], num_frames: int, limits: Limits
 
 
 def discard(path: str | None, folder: str) -> None:
-    """Deletes an upload, if it lies below `folder`, and its own folder where that is empty then."""
+    """Deletes an upload, if it lies below `folder`, and its own folders there where these are empty then."""
     if path is None:
         return
     place, root = Path(path).resolve(), Path(folder).resolve()
@@ -120,8 +122,10 @@ def discard(path: str | None, folder: str) -> None:
         return
     with suppress(OSError):
         place.unlink()
-        if place.parent != root:
-            place.parent.rmdir()
+        for parent in place.parents:
+            if parent == root:
+                break
+            parent.rmdir()
 
 
 # ---------------------------------------------------------------------------------------- in the process of its own

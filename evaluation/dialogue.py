@@ -5,8 +5,9 @@ The replies of several systems to held-out conversations, scored (paper's Table 
     empathic evaluate ablation text=runs/dialogue_ft memory=runs/dialogue_mc epo=runs/epo --data data/iemocap \\
         --output runs/tables
 
-OUT/dialogue.json holds the table, OUT/dialogue/NAME.jsonl each system's replies; likewise for the ablation. With
-several data sets each has a folder of its own in OUT.
+OUT/dialogue.json holds the table, OUT/dialogue/NAME.jsonl each system's replies, OUT/dialogue/clips what they answered
+where the data set holds its clips inside itself; likewise for the ablation. With several data sets each has a folder of
+its own in OUT.
 """
 
 import argparse
@@ -23,8 +24,10 @@ from datasets import load_dataset
 from empathic.data_prep.views import DialogueSamples
 from empathic.evaluation.published import SOURCE, TABLE_1, TABLE_2
 from empathic.evaluation.replies import read_replies, write_replies
+from empathic.evaluation.reply_options import CLIPS
 from empathic.evaluation.results import versions, write_results
 from empathic.evaluation.scores import METRICS, Scoring, score_replies
+from empathic.evaluation.statistics_of_replies import ADJUSTED
 from empathic.evaluation.systems import KINDS, open_system, read_spec
 from empathic.evaluation.tables import table, with_interval
 
@@ -101,6 +104,7 @@ def evaluate_systems(
     max_samples: int | None = None,
     reply_speakers: Sequence[str] | None = None,
     baseline: str | None = None,
+    clips: int = CLIPS,
     seed: int = 0,
     accelerator=None,
     progress: bool = True,
@@ -121,6 +125,7 @@ def evaluate_systems(
         max_samples: only the first so many samples of each.
         reply_speakers: whose replies, such as a corpus's assistant; everybody's by default.
         baseline: name of the system that the others are compared with; the first by default.
+        clips: of how many samples, see `write_replies`.
         seed: of sampling.
         accelerator: of `accelerate launch`, see `write_replies`.
         progress: shows bars.
@@ -148,7 +153,13 @@ def evaluate_systems(
         system = systems.pop(name)
         for data_set, folder in folders.items():
             files[data_set][name] = write_replies(
-                system, samples[data_set], folder / kind, seed=seed, accelerator=accelerator, progress=progress
+                system,
+                samples[data_set],
+                folder / kind,
+                seed=seed,
+                clips=clips,
+                accelerator=accelerator,
+                progress=progress,
             )
         del system  # before the next one is loaded
         gc.collect()
@@ -181,7 +192,7 @@ def evaluate_systems(
                 "confidence": scoring.confidence,
                 "resamples": scoring.resamples,
                 "interval": "bootstrap over conversations (BCa)",
-                "test": "paired permutation test over conversations, two-sided, not corrected for several comparisons",
+                "test": f"paired permutation test over conversations, two-sided, {ADJUSTED}",
             },
             "versions": versions(),
             "published": {
@@ -232,7 +243,7 @@ def show(results: dict) -> str:
     significant = {
         (found["a"], found["metric"])
         for found in results["comparisons"]
-        if found["b"] == baseline and found["p"] < SIGNIFICANT
+        if found["b"] == baseline and found["p_holm"] < SIGNIFICANT
     }
     rows = []
     for name, system in results["systems"].items():
@@ -313,6 +324,7 @@ def run(options: argparse.Namespace, kind: str) -> int:
             max_samples=options.max_samples,
             reply_speakers=options.reply_speakers,
             baseline=options.baseline,
+            clips=options.clips,
             seed=options.seed,
             accelerator=state,
             batch_size=options.batch_size,

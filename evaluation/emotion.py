@@ -23,7 +23,13 @@ from empathic.evaluation.metrics import accuracy
 from empathic.evaluation.published import FIGURE_6
 from empathic.evaluation.replies import conversation_of, read_replies, write_replies
 from empathic.evaluation.results import versions, write_results
-from empathic.evaluation.statistics_of_replies import compare_means, mean_interval, metric_interval
+from empathic.evaluation.statistics_of_replies import (
+    ADJUSTED,
+    add_adjusted,
+    compare_means,
+    mean_interval,
+    metric_interval,
+)
 from empathic.evaluation.systems import Checkpoint, Common, Reply
 from empathic.evaluation.tables import table, with_interval
 from empathic.trainers.samples import clip_message
@@ -231,6 +237,7 @@ def evaluate_emotion(
         both = compare_means(_hits(rows[best]), _hits(rows[name]), conversations, **bootstrap)
         about = {"difference": both.difference.value, "low": both.difference.low, "high": both.difference.high}
         comparisons.append({"a": best, "b": name, "metric": "accuracy", **about, "p": both.p_value})
+    add_adjusted(comparisons)
     results = {
         "table": "emotion",
         "systems": systems,
@@ -257,7 +264,7 @@ def evaluate_emotion(
 def show(results: dict) -> str:
     """The table as text."""
     settings = results["settings"]
-    p_values = {found["b"]: found["p"] for found in results["comparisons"]}
+    p_values = {found["b"]: found["p_holm"] for found in results["comparisons"]}
     rows = []
     for name, system in results["systems"].items():
         recall = ["-" if value is None else f"{value:.2f}" for value in system["recall"].values()]
@@ -268,7 +275,7 @@ def show(results: dict) -> str:
         f"{settings['data']}, split {settings['split']}: {results['systems']['T']['count']} clips",
         table(header, rows),
         f"[{settings['confidence']:.0%} interval], bootstrap over conversations; p: A+V+T has another accuracy, paired "
-        "permutation test.",
+        f"permutation test, {ADJUSTED}.",
         results["published"],
     ]
     if settings["left_out"]:

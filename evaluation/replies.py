@@ -6,6 +6,7 @@ depends on neither the number of processes nor on where a run was stopped, and t
 
     OUT/NAME.jsonl     the replies in the order of the samples, once all are there
     OUT/NAME.parts/    what each process wrote, as it went; a run that is started again takes them from there
+    OUT/clips/         clips that the data set holds inside itself, see `saved_clips`
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from transformers.utils import logging
 
 from empathic.data_prep.candidates import message_text
 from empathic.data_prep.views import DialogueSamples, EmotionClips
+from empathic.evaluation.saved_clips import digest_of, save_clips
 from empathic.evaluation.systems import System
 from empathic.trainers.samples import sample_id
 
@@ -45,6 +47,7 @@ def write_replies(
     out: str | os.PathLike,
     *,
     seed: int = 0,
+    clips: int = 0,
     accelerator=None,
     progress: bool = True,
 ) -> Path:
@@ -63,6 +66,8 @@ def write_replies(
         samples: such as `DialogueSamples`.
         out: a folder; made if it is not there.
         seed: with a sample's id it decides what is sampled.
+        clips: of so many samples the clips that the data set holds inside itself become files in OUT/clips; reports and
+            studies take them from there.
         accelerator: an `Accelerator` or `PartialState`; None: this process alone.
         progress: shows a bar.
 
@@ -106,7 +111,10 @@ def write_replies(
                 bar.update(len(rows))
     _wait(accelerator)
     if is_main:
-        _merge(path, batches, _read_parts(parts, run))
+        found = _read_parts(parts, run)
+        rows = [row for batch in batches for row in found[batch.key]]
+        save_clips(path, rows, samples, clips)
+        _merge(path, rows)
     _wait(accelerator)
     return path
 
@@ -160,7 +168,7 @@ def _plain_item(item: dict) -> dict:
     if item["type"] == "text":
         return item
     if item.get("bytes") is not None:
-        return {"type": item["type"], "digest": hashlib.sha256(item["bytes"]).hexdigest()}
+        return {"type": item["type"], "digest": digest_of(item["bytes"])}
     return {"type": item["type"], "path": item.get("path")}
 
 
@@ -250,13 +258,12 @@ def _read_parts(parts: Path, run: str) -> dict[str, list[dict]]:
     return found
 
 
-def _merge(path: Path, batches: list[_Batch], rows: dict[str, list[dict]]) -> None:
+def _merge(path: Path, rows: list[dict]) -> None:
     """Writes the whole file or nothing."""
     partial = path.with_name(f"{path.name}.tmp")
     with open(partial, "w", encoding="utf-8") as file:
-        for batch in batches:
-            for row in rows[batch.key]:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

@@ -3,7 +3,16 @@
 import argparse
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+CLIPS = 200  # samples whose clips are kept
 METRICS = ("bertscore", "emotion_score", "dist1", "corpus_dist1", "bleu1", "bleu4")
+
+
+def not_negative(text: str) -> int:
+    """A whole number from 0 up."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is below 0")
+    return value
 
 
 def positive(text: str) -> int:
@@ -46,6 +55,11 @@ def add_dialogue_options(parser: argparse.ArgumentParser) -> None:
     add("--max_new_tokens", type=positive, default=64, metavar="N", help="length of a reply at most (%(default)s)")
     add("--temperature", type=float, help="samples replies (the likeliest token each time)")
     add("--top_p", type=float, help="with a temperature, from the likeliest tokens of so much probability")
+    add(
+        "--clips", type=not_negative, default=CLIPS, metavar="N",
+        help="of a data set that holds its clips inside itself (`prepare --embed`), those of so many samples are kept "
+        "beside the replies, for the report and studies (%(default)s)",
+    )  # fmt: skip
     add_generation_options(parser)
 
 

@@ -3,8 +3,9 @@ All results of an evaluation as one report: a page to read, Markdown, and LaTeX 
 
     empathic evaluate report runs/evaluation
 
-Reads what the other `empathic evaluate` commands, `empathic quickstart` and `empathic counter` wrote into the folders
-and into the folders right below them, and writes report.html, report.md and tables.tex. What is not there is named.
+Reads what the other `empathic evaluate` commands, `empathic study analyse`, `empathic quickstart` and `empathic counter`
+wrote into the folders and into the folders right below them, and writes report.html, report.md and tables.tex. What is
+not there is named.
 """
 
 import json
@@ -18,7 +19,10 @@ from empathic.evaluation.report_exchanges import Clips, exchanges
 from empathic.evaluation.report_html import page
 from empathic.evaluation.report_parts import Missing, Part, Section, Table
 from empathic.evaluation.report_scores import emotion_parts, quickstart_parts, reply_parts, short_name
+from empathic.evaluation.report_study import study_parts
 from empathic.evaluation.report_text import latex, markdown
+from empathic.evaluation.study.build import KEY
+from empathic.evaluation.study.report import ANALYSIS
 
 TITLE = "empathic: evaluation report"
 HTML, MARKDOWN, LATEX = "report.html", "report.md", "tables.tex"
@@ -39,6 +43,7 @@ KINDS = {
     "quickstart": Kind("results.json", ("emotion", "reconstruction", "dialogue"), "Quickstart", "empathic quickstart"),
     "dialogue": Kind("dialogue.json", ("systems", "comparisons"), "Replies", "empathic evaluate dialogue"),
     "ablation": Kind("ablation.json", ("systems", "comparisons"), "Ablation", "empathic evaluate ablation"),
+    "study": Kind(ANALYSIS, ("scores", "agreement", "raters"), "Human evaluation", "empathic study analyse"),
     "emotion": Kind("emotion.json", ("systems", "comparisons"), "Emotions", "empathic evaluate emotion"),
     "reconstruction": Kind("reconstruction.json", ("scores", "runs"), "Memory", "empathic evaluate reconstruction"),
     "efficiency": Kind("efficiency.json", ("machine", "histories"), "Costs", "empathic evaluate efficiency"),
@@ -47,6 +52,7 @@ KINDS = {
 TABLES = {
     "dialogue": "Table 1 (replies)",
     "ablation": "Table 2 (ablation)",
+    "study": "Human evaluation (Sec. 5.2)",
     "emotion": "Fig. 6 (emotions, confusion)",
     "reconstruction": "Table 8 (rebuilt utterances)",
     "efficiency": "Table 3 (costs of the history)",
@@ -115,6 +121,8 @@ def _sections(found: Found, output: Path, clips: Clips, samples: int) -> list[Se
             shown = exchanges(sources, samples, clips) if samples else []
             sections = [Section(f"{title}: {data}", reply_parts(results))]
             return [*sections, Section(f"{title}, conversations: {data}", shown)] if shown else sections
+        if found.kind == "study":
+            return [Section(f"{title}: {found.path.resolve().parent.name}", study_parts(results))]
         if found.kind == "emotion":
             return [Section(f"{title}: {short_name(results['settings']['data'])}", emotion_parts(results))]
         if found.kind == "reconstruction":
@@ -133,10 +141,14 @@ def _sections(found: Found, output: Path, clips: Clips, samples: int) -> list[Se
         ) from None
 
 
-def _missing(found: Sequence[Found]) -> list[Part]:
+def _missing(found: Sequence[Found], folders: Sequence[Path]) -> list[Part]:
     there = {each.kind for each in found}
+    commands = {kind: f"{about.command}, see its --help" for kind, about in KINDS.items()}
+    studies = [path.parent for folder in folders for path in (folder / KEY, *sorted(folder.glob(f"*/{KEY}")))]
+    built = next((study for study in studies if (study / KEY).is_file()), None)
+    commands["study"] = f"{KINDS['study'].command} {built}" if built else "empathic study, see its --help"
     return [
-        Missing(f"{title}: run {KINDS[kind].command}, see its --help.")
+        Missing(f"{title}: run {commands[kind]}.")
         for kind, title in TABLES.items()
         if kind not in there and not (kind == "reconstruction" and "quickstart" in there)
     ]
@@ -190,7 +202,7 @@ def write_report(
     output.mkdir(parents=True, exist_ok=True)
     clips = Clips(output)
     sections = [section for each in found for section in _sections(each, output, clips, samples)]
-    missing = _missing(found)
+    missing = _missing(found, list(map(Path, folders)))
     if missing:
         sections.append(Section("Not in this report", missing))
     sections.append(Section("Settings, versions and seeds", [_settings_table(each) for each in found], folded=True))
@@ -200,7 +212,7 @@ def write_report(
     ]
     for name, content in (
         (HTML, page(TITLE, about, sections)),
-        (MARKDOWN, markdown(TITLE, about, sections)),
+        (MARKDOWN, markdown(TITLE, [*about, f"Plots and sample conversations: {HTML}."], sections)),
         (LATEX, latex(sections)),
     ):
         (output / name).write_text(content, encoding="utf-8")

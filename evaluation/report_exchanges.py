@@ -1,7 +1,6 @@
 """Sample conversations of a report: what was said, the clip, and what each system replied."""
 
 import base64
-import hashlib
 import os
 import tempfile
 from collections.abc import Mapping
@@ -9,8 +8,17 @@ from pathlib import Path
 from urllib.parse import quote
 
 from empathic.evaluation.report_parts import Clip, Exchange, Missing, Part
+from empathic.evaluation.saved_clips import order_of
 from empathic.evaluation.study.clips import playable
-from empathic.evaluation.study.replies import Conversation, StudyError, media_of, read_replies, spoken, text_of
+from empathic.evaluation.study.replies import (
+    Conversation,
+    StudyError,
+    has_lost_clip,
+    media_of,
+    read_replies,
+    spoken,
+    text_of,
+)
 from empathic.media_empathic import MediaError
 
 EARLIER = 4  # messages shown before the last one
@@ -29,9 +37,8 @@ class Clips:
         """The clip of a message; None where it has none."""
         files = media_of(message)
         if not files:
-            stored = not isinstance(message["content"], str) and any(part.get("digest") for part in message["content"])
-            note = "The clip is stored inside the data set and is not shown."
-            return Clip("video", None, note) if stored else None
+            note = "The clip is inside the data set, and not beside the replies: see --clips of the evaluation."
+            return Clip("video", None, note) if has_lost_clip(message) else None
         key = tuple(sorted(files.items()))
         if key not in self._made:
             self._made[key] = self._make(*(Path(files[kind]) if kind in files else None for kind in ("video", "audio")))
@@ -74,7 +81,7 @@ def exchanges(sources: Mapping[str, Path], count: int, clips: Clips) -> list[Par
         found, _ = read_replies([f"{name}={path}" for name, path in there.items()])
     except StudyError as error:
         return [*parts, Missing(f"Sample conversations: {error}")]
-    chosen = sorted(found, key=lambda each: hashlib.sha256(each.id.encode()).digest())[:count]
+    chosen = sorted(found, key=lambda each: order_of(each.id))[:count]
     return [*parts, *(_exchange(each, clips) for each in chosen)]
 
 

@@ -61,7 +61,7 @@ dt { color: var(--faint); } dd { margin: 0; } dt.true, dd.true { font-weight: 60
 @media (max-width: 34rem) { dl { grid-template-columns: minmax(0, 1fr); gap: 0; } dd { margin-bottom: .6rem; } }
 details { margin: .6rem 0; } summary { cursor: pointer; padding: .3rem 0; }
 """
-_INTERVAL = re.compile(r"(.*\d) (\[.*\])")
+_INTERVAL = re.compile(r"(.*[\d%]) (\[.*\])")
 
 
 def _escape(text: str) -> str:

@@ -7,6 +7,7 @@ from empathic.evaluation.reconstruction import COLUMNS, PUBLISHED
 from empathic.evaluation.report_parts import Missing, Part, Table
 from empathic.evaluation.report_plots import accuracy_plot, confusion_plot, histogram_plot, scores_plot
 from empathic.evaluation.scores import METRICS
+from empathic.evaluation.statistics_of_replies import ADJUSTED, holm
 from empathic.evaluation.tables import with_interval
 
 CORPORA = {"multidialog": "MultiDialog", "meld": "MELD", "iemocap": "IEMOCAP"}
@@ -67,16 +68,17 @@ def _p_value(value: float) -> str:
 def _comparison_table(results: Mapping, titles: Mapping[str, str]) -> list[Part]:
     if not results["comparisons"]:
         return [Missing("Comparisons of two systems: there is one system only, or one conversation only.")]
+    p_values = [row["p"] for row in results["comparisons"]]
     rows = [
-        [row["a"], row["b"], titles.get(row["metric"], row["metric"]), _difference(row), _p_value(row["p"])]
-        for row in results["comparisons"]
+        [row["a"], row["b"], titles.get(row["metric"], row["metric"]), _difference(row), *map(_p_value, both)]
+        for row, *both in zip(results["comparisons"], p_values, holm(p_values), strict=True)
     ]
     confidence = f"{results['settings']['confidence']:.0%}"
     notes = [
-        f"Difference (system - beside) with its {confidence} interval, bootstrap over conversations; p of a paired "
-        "permutation test over conversations, two-sided, not corrected for several comparisons."
+        f"Difference (system - beside) with its {confidence} interval, bootstrap over conversations. p: of a paired "
+        f"permutation test over conversations, two-sided. Adjusted p: {ADJUSTED}; the interval is not."
     ]
-    header = ["system", "beside", "metric", "difference", "p"]
+    header = ["system", "beside", "metric", "difference", "p", "adjusted p"]
     return [Table("Do two systems differ?", header, rows, names=3, notes=notes)]
 
 

@@ -97,13 +97,13 @@ def _part(part: Part) -> str | None:
 
 
 def markdown(title: str, about: list[Part], sections: list[Section]) -> str:
-    """The report without its plots and conversations, which stand in the HTML page."""
+    """A report without its plots and conversations."""
     lines = [f"# {markdown_text(title)}", *map(_part, about)]
     for section in sections:
         parts = [part for part in map(_part, section.parts) if part is not None]
         if parts:
             lines += [f"## {markdown_text(section.title)}", *parts]
-    return "\n\n".join([*lines, "Plots and sample conversations: report.html."]) + "\n"
+    return "\n\n".join(lines) + "\n"
 
 
 def latex(sections: list[Section]) -> str:

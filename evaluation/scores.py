@@ -10,7 +10,13 @@ from empathic.evaluation.emotion_features import GO_EMOTIONS, POOLINGS, EmotionF
 from empathic.evaluation.metrics import bleu_counts, bleu_of_counts, corpus_dist_n, dist_n_scores, emotion_scores
 from empathic.evaluation.modules.bertscore.bert_similarity import BertScore
 from empathic.evaluation.replies import conversation_of
-from empathic.evaluation.statistics_of_replies import compare_means, compare_metric, mean_interval, metric_interval
+from empathic.evaluation.statistics_of_replies import (
+    add_adjusted,
+    compare_means,
+    compare_metric,
+    mean_interval,
+    metric_interval,
+)
 
 METRICS = {
     "bertscore": "BERTScore",
@@ -150,7 +156,8 @@ def score_replies(replies: dict[str, list[dict]], scoring: Scoring, pairs: Seque
     Returns:
         `systems`: {name: `metrics`: {metric: `mean`, `low`, `high`}, `count`, `empty`: replies without a word, `notes`:
         [{`id`, `note`}] of the systems, `histograms`: {metric: `edges`, `counts` of replies}};
-        `comparisons`: [`a`, `b`, `metric`, `difference` (a - b), `low`, `high`, `p`];
+        `comparisons`: [`a`, `b`, `metric`, `difference` (a - b), `low`, `high`, `p`, and `p_holm`, adjusted for all of
+        them];
         `computed_by`: {metric: what computed it}; `skipped`: {metric: why}; `left_out`: [{`id`, `reason`}].
 
     Raises:
@@ -194,6 +201,7 @@ def score_replies(replies: dict[str, list[dict]], scoring: Scoring, pairs: Seque
                 difference = comparison.difference
                 about = {"difference": difference.value, "low": difference.low, "high": difference.high}
                 comparisons.append({"a": a, "b": b, "metric": metric, **about, "p": comparison.p_value})
+    add_adjusted(comparisons)
     return {
         "systems": systems,
         "comparisons": comparisons,

@@ -20,6 +20,7 @@ from empathic.evaluation.metrics import bleu, corpus_dist_1, dist_1
 from empathic.evaluation.published import TABLE_1, TABLE_2
 from empathic.evaluation.replies import read_replies
 from empathic.evaluation.scores import Scoring, score_replies
+from empathic.evaluation.statistics_of_replies import ADJUSTED, add_adjusted, holm
 from empathic.tiny.emotion_classifier import train_emotion_classifier
 
 
@@ -153,6 +154,13 @@ def rows(replies, references=None, corpus="iemocap"):
     ]
 
 
+P_VALUES = (0.01, 0.04, 0.03, 0.005)
+
+
+def rows_of(*replies):
+    return rows(replies * 4)
+
+
 def test_empty_replies_score_nothing_and_blank_references_are_left_out():
     scoring = Scoring(metrics=["dist1", "corpus_dist1", "bleu1"], resamples=50)
     found = score_replies(
@@ -170,6 +178,26 @@ def test_empty_replies_score_nothing_and_blank_references_are_left_out():
     assert {m: v["mean"] for m, v in found["systems"]["b"]["metrics"].items()} == dict.fromkeys(scoring.metrics, 0.0)
     with pytest.raises(ValueError, match="did not answer the same samples"):
         score_replies({"a": rows(["x", "y"]), "b": rows(["x", "y"], corpus="meld")}, scoring, [])
+
+
+def test_what_differs_only_before_the_adjustment_has_no_star():
+    """The worked example of `holm`: 0.01, 0.04, 0.03 and 0.005 become 0.03, 0.06, 0.06 and 0.02."""
+    one = {"metrics": {"dist1": {"mean": 0.5, "low": 0.4, "high": 0.6}}, "count": 9, "empty": 0, "notes": []}
+    comparisons = [{"a": name, "b": "z", "metric": "dist1", "p": p} for name, p in zip("abcd", P_VALUES, strict=True)]
+    add_adjusted(comparisons)
+    settings = {"data": "d", "split": "test", "corpora": {"meld": 2}, "confidence": 0.95, "interval": "i"}
+    results = {
+        "table": "dialogue", "systems": dict.fromkeys("abcdz", one), "comparisons": comparisons, "baseline": "z",
+        "computed_by": {}, "skipped": {}, "left_out": [], "published": {"source": "the paper", "rows": {}},
+        "settings": {**settings, "test": f"paired, {ADJUSTED}"},
+    }  # fmt: skip
+    lines = show(results).splitlines()
+    assert [line[0] for line in lines if line.endswith("] *")] == ["a", "d"]
+    assert "adjusted for all comparisons of this table (Holm-Bonferroni)." in "\n".join(lines)
+    rows = {"a": rows_of("a b"), "b": rows_of("a a"), "c": rows_of("c d")}
+    found = score_replies(rows, Scoring(metrics=["dist1", "bleu1"], resamples=50), [("b", "a"), ("c", "a")])
+    assert [each["p_holm"] for each in found["comparisons"]] == holm([each["p"] for each in found["comparisons"]])
+    assert len(found["comparisons"]) == 4
 
 
 def test_published_rows_stand_beside_ours():

@@ -12,6 +12,7 @@ from empathic.evaluation import emotion as e
 from empathic.evaluation.generation import generate_texts
 from empathic.evaluation.metrics import accuracy
 from empathic.evaluation.replies import read_replies
+from empathic.evaluation.statistics_of_replies import holm
 from empathic.trainers.samples import clip_message
 
 
@@ -131,7 +132,9 @@ def test_the_command(base_folder, rows, tmp_path, capsys):
     assert [(found["a"], found["b"]) for found in results["comparisons"]] == [
         ("A+V+T", name) for name in ("T", "A", "V", "A+T", "V+T")
     ]
+    assert [found["p_holm"] for found in results["comparisons"]] == holm([row["p"] for row in results["comparisons"]])
     text = capsys.readouterr().out
+    assert "(Holm-Bonferroni)" in text
     assert "2 labelled clips are left out" in text and "trained without the sentence" in text and "7.86" in text
 
 

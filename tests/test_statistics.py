@@ -1,13 +1,20 @@
 """Intervals and p-values against scipy, against numbers worked by hand, and against what they promise."""
 
 from functools import partial
+from itertools import combinations
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from empathic.evaluation.metrics import bleu, bleu_counts, bleu_of_counts, corpus_dist_1, dist_n_scores
-from empathic.evaluation.statistics_of_replies import compare_means, compare_metric, mean_interval, metric_interval
+from empathic.evaluation.statistics_of_replies import (
+    compare_means,
+    compare_metric,
+    holm,
+    mean_interval,
+    metric_interval,
+)
 
 
 @pytest.fixture
@@ -137,6 +144,23 @@ def test_equal_systems_are_called_different_as_often_as_chance_allows():
     assert 0.02 <= np.mean(np.array(values) <= 0.05) <= 0.09
     alone = [compare_means(*pair, resamples=200).p_value for pair in shared]
     assert np.mean(np.array(alone) <= 0.05) > 0.15  # replies of one conversation taken for independent
+
+
+def closed_test(p_values):
+    """The closed testing procedure with Bonferroni's test of each set of hypotheses, which Holm's is a shortcut of."""
+    places = range(len(p_values))
+    sets = [chosen for size in places for chosen in combinations(places, size + 1)]
+    of_set = {chosen: min(1, len(chosen) * min(p_values[place] for place in chosen)) for chosen in sets}
+    return [max(value for chosen, value in of_set.items() if place in chosen) for place in places]
+
+
+def test_adjusted_p_values_are_those_of_the_closed_test():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == [] and holm([0.2]) == [0.2] and holm([0.5, 0.5, 0.9]) == [1, 1, 1]
+    rng = np.random.default_rng(0)
+    for count in range(1, 9):
+        for p_values in (rng.random(count) ** 4, rng.integers(1, 4, count) / 50):  # the latter with ties
+            assert holm(p_values.tolist()) == pytest.approx(closed_test(p_values))
 
 
 def test_metrics_of_a_corpus():

@@ -206,7 +206,8 @@ def test_tokenizers_are_reproducible(text_tokenizer):
 # ---------------------------------------------------------------------------------------------------- pretraining
 
 
-def test_prompts_are_the_processors(text_tokenizer, memory_tokenizer):
+def test_prompts_are_the_processors(text_tokenizer):
+    memory_tokenizer = build_memory_tokenizer(prompt_texts())  # its own: <MEM> is added
     """What the language model learns on must be, token by token, what the stages will show it."""
     memory_tokenizer.add_special_tokens({"additional_special_tokens": ["<MEM>"]})
     processor = EmpathicProcessor(

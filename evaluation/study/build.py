@@ -21,7 +21,15 @@ from pathlib import Path
 from empathic.evaluation.study.clips import playable
 from empathic.evaluation.study.design import Item, plan
 from empathic.evaluation.study.pages import static_page
-from empathic.evaluation.study.replies import Conversation, StudyError, media_of, read_replies, spoken, text_of
+from empathic.evaluation.study.replies import (
+    Conversation,
+    StudyError,
+    has_lost_clip,
+    media_of,
+    read_replies,
+    spoken,
+    text_of,
+)
 from empathic.media_empathic import MediaError
 
 KEY, RATERS, MEDIA, ANSWERS, LINKS, STATIC = "key.json", "raters", "media", "answers", "links.txt", "static"
@@ -34,6 +42,10 @@ QUESTIONS = (
 )
 SCALE = ({"score": 1, "label": "bad"}, {"score": 2, "label": "medium"}, {"score": 3, "label": "good"})
 CHECK = 'This is no reply, but shows that you are reading: please answer "{label}" to both questions.'
+LOST = (
+    "its clip is inside the data set, and not in the folder clips beside the replies; run `empathic evaluate dialogue` "
+    "again with a larger --clips, which makes no reply anew"
+)
 INTRODUCTION = (
     "You will see short conversations. Each one ends with a sentence that somebody answers; you judge the answers.",
     "Play the clip with the sound on, and read what was said before. Then answer two questions about the reply: how "
@@ -173,6 +185,8 @@ def _shown(conversation: Conversation, folder: Path) -> list[dict]:
     try:
         for message in spoken(conversation.prompt):
             media, clip = media_of(message), None
+            if has_lost_clip(message):
+                raise MediaError(LOST)
             if media:
                 paths = [Path(media[kind]) if kind in media else None for kind in ("video", "audio")]
                 target, kind = playable(*paths, folder / _code())

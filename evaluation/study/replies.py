@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from empathic.evaluation.saved_clips import parts_of, saved_clips
+
 REFERENCE = "reference"  # the true replies, where they are rated as one more system
 
 
@@ -27,7 +29,8 @@ def read_replies(sources: list[str], reference: bool = False) -> tuple[list[Conv
 
     Args:
         sources: JSONL files with `id`, `prompt`, `reply` and, where there is one, `reference` on each line. A line's
-            system is its `system`, else the name in `NAME=FILE`, else the file's stem.
+            system is its `system`, else the name in `NAME=FILE`, else the file's stem. A clip that a line names by its
+            `digest` is looked for in the folder `clips` beside the file, and gets its `path`.
         reference: rate the true replies too, as the system `reference`.
 
     Returns:
@@ -85,6 +88,7 @@ def _read(path: Path, stem: str, rows: dict[str, dict[str, dict]]) -> None:
         lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: a reply may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise StudyError(f"{path}: cannot be read ({error}). Give a JSONL file of saved replies.") from None
+    clips = saved_clips(path)
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -103,6 +107,10 @@ def _read(path: Path, stem: str, rows: dict[str, dict[str, dict]]) -> None:
                 f"{where}: {system} has answered {row['id']!r} already. Keep one of the two; if these are two systems "
                 "whose files have one name, give them as NAME=FILE."
             )
+        for part in parts_of(row["prompt"]):
+            found = clips.get(str(part.get("digest")))
+            if found is not None:
+                part["path"] = str(found)
         theirs[str(row["id"])] = row
 
 
@@ -144,6 +152,11 @@ def media_of(message: dict) -> dict[str, str]:
         for part in message["content"]
         if part.get("type") in ("audio", "video") and part.get("path")
     }
+
+
+def has_lost_clip(message: dict) -> bool:
+    """Whether a clip of a message is inside the data set only."""
+    return any(part.get("digest") and not part.get("path") for part in parts_of([message]))
 
 
 def spoken(prompt: list[dict]) -> list[dict]:

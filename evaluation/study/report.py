@@ -1,28 +1,27 @@
-"""The analysis of a study as a table in the terminal, and as Markdown and JSON."""
+"""The analysis of a study: a table in the terminal, parts of a report, Markdown and JSON."""
 
 import json
 from pathlib import Path
 
+from empathic.evaluation.report_parts import Part, Section, Table
+from empathic.evaluation.report_text import markdown as report_markdown
+
+ANALYSIS = "analysis.json"
+SCALE = "1 bad, 2 medium, 3 good"
 AGREEMENT = (
     "Krippendorff's alpha: 1 is full agreement, 0 that of chance; he asks for 0.8 and more, and takes 0.667 to 0.8 for "
     "tentative conclusions."
+)
+PAPER = (
+    "The paper asked ten raters about ten conversations and six systems (Sec. 9); it draws their mean scores in Fig. 5, "
+    "which are not copied here. Our wording of the questions is our own."
 )
 
 
 def _value(value: float | None, interval: list[float] | None, form: str = ".2f") -> str:
     if value is None:
-        return "-"
+        return "–"
     return f"{value:{form}}" + (f" [{interval[0]:{form}}, {interval[1]:{form}}]" if interval else "")
-
-
-def _cell(text) -> str:
-    """A text in a Markdown table, as it is."""
-    return str(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
-
-
-def _table(header: list[str], rows: list[list]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
 
 
 def score_rows(result: dict) -> tuple[list[str], list[list[str]]]:
@@ -43,7 +42,7 @@ def text(result: dict) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [header, *rows]]
     lines.insert(1, "-" * len(lines[0]))
     percent = f"{result['settings']['confidence']:.0%}"
-    lines.append(f"Mean scores from 1 (bad) to 3 (good), with {percent} intervals over conversations.")
+    lines.append(f"Mean scores ({SCALE}), with {percent} intervals over conversations.")
     for name, levels in result["agreement"].items():
         said = ", ".join(f"{level} {_value(row['alpha'], row['interval'])}" for level, row in levels.items())
         lines.append(f"Krippendorff's alpha, {name}: {said}")
@@ -63,71 +62,100 @@ def raters_sentence(result: dict) -> str:
     return f"{result['kept_raters']} of {len(result['raters'])} raters are counted; {started} began."
 
 
-def markdown(result: dict) -> str:
-    """All of the analysis in Markdown."""
-    settings = result["settings"]
-    rules = settings["exclusion"]
-    percent = f"{settings['confidence']:.0%}"
-    parts = ["# Human evaluation", "## Questions"]
-    parts.append("\n".join(f"- **{question['name']}**: {question['text']}" for question in result["questions"]))
-    parts.append("Each is answered with bad (1), medium (2) or good (3).")
-    parts += ["## Mean scores", _table(*score_rows(result))]
-    parts.append(
-        f"{percent} intervals: bootstrap over the {settings['conversations']} conversations, {settings['resamples']} "
-        f"resamples, seed {settings['seed']}. {raters_sentence(result)}"
-    )
-    parts.append("## Preferences")
-    parts.append(
-        "Each rater's scores of two replies to the same conversation, compared."
-        if settings["design"] == "within"
-        else "The mean scores of two replies to the same conversation, compared: no rater saw both."
-    )
-    for name in result["scores"]:
-        rows = []
-        pairs = zip(result["preferences"][name], result["differences"][name], strict=True)
-        for row, difference in pairs:
-            shares = [_value(row[side], row[f"{side}_interval"], ".0%") for side in ("better", "same", "worse")]
-            change = _value(difference["mean"], difference["interval"], "+.2f")
-            rows.append([" / ".join(row["systems"]), *shares, row["comparisons"], change])
-        header = ["first / second", "first better", "same", "second better", "comparisons", "difference of means"]
-        parts += [f"### {name}", _table(header, rows) if rows else "There is one system only."]
-    parts += ["## Agreement of the raters", AGREEMENT]
-    rows = [
-        [name, *(_value(row["alpha"], row["interval"], ".3f") for row in levels.values())]
-        for name, levels in result["agreement"].items()
-    ]
-    parts.append(_table(["question", "ordinal", "nominal"], rows))
-    parts.append("## Who was left out")
-    stated = "as stated before the study" if settings["exclusion_as_stated_before"] else "CHANGED after the study"
-    parts.append(
+def rules_sentence(result: dict) -> str:
+    """Who is left out, and whether that was stated before the study."""
+    rules = result["settings"]["exclusion"]
+    stated = "as stated before the study" if result["settings"]["exclusion_as_stated_before"] else "CHANGED after it"
+    return (
         f"Rules, {stated}: a rater is left out who gave less than {rules['complete']:.0%} of the answers, failed more "
         f"than {rules['failed_checks']} attention checks, took less than {rules['median_seconds']:g} s for a reply "
         f"(median), or played less than {rules['played']:.0%} of the clips."
     )
+
+
+def parts(result: dict) -> list[Part]:
+    """
+    All of the analysis as parts of a report. No rater's code is in them.
+
+    Args:
+        result: of `analysis.analyse`.
+    """
+    settings = result["settings"]
+    header, rows = score_rows(result)
+    notes = [
+        f"{SCALE}. In brackets: {settings['confidence']:.0%} intervals, bootstrap over the "
+        f"{settings['conversations']} conversations, {settings['resamples']:,} resamples, seed {settings['seed']}.",
+        raters_sentence(result),
+        rules_sentence(result),
+        PAPER,
+    ]
+    alphas = [
+        [name, *(_value(row["alpha"], row["interval"], ".3f") for row in levels.values())]
+        for name, levels in result["agreement"].items()
+    ]
+    return [
+        *(f"{question['name']}: {question['text']}" for question in result["questions"]),
+        Table("Mean scores of the raters (Sec. 5.2)", header, rows, notes=notes),
+        *_preferences(result),
+        Table("Agreement of the raters", ["question", "ordinal alpha", "nominal alpha"], alphas, notes=[AGREEMENT]),
+        _raters(result),
+        *_problems(result),
+    ]
+
+
+def _preferences(result: dict) -> list[Table]:
+    """Two systems by two, a table for each question; none where there is one system only."""
+    note = (
+        "Each rater's scores of two replies to the same conversation, compared."
+        if result["settings"]["design"] == "within"
+        else "The mean scores of two replies to the same conversation, compared: no rater saw both."
+    )
+    header = ["first", "second", "first better", "same", "second better", "comparisons", "difference of means"]
+    tables = []
+    for name in result["scores"]:
+        rows = []
+        for row, difference in zip(result["preferences"][name], result["differences"][name], strict=True):
+            shares = [_value(row[side], row[f"{side}_interval"], ".0%") for side in ("better", "same", "worse")]
+            change = _value(difference["mean"], difference["interval"], "+.2f")
+            rows.append([*row["systems"], *shares, str(row["comparisons"]), change])
+        if rows:
+            tables.append(Table(f"Which reply is preferred: {name}", header, rows, names=2, notes=[note]))
+    return tables
+
+
+def _raters(result: dict) -> Table:
     rows = [
         [
-            row["rater"],
-            f"{row['answers']} of {row['of']}",
-            f"{row['failed_checks']} of {row['checks']}",
-            f"{row['median_seconds']:.1f} s" if row["started"] else "-",
-            f"{row['played']:.0%}" if row["started"] else "-",
+            str(row["rater"]),
             ("left out: " + "; ".join(row["reasons"]))
             if row["reasons"]
             else ("counted" if row["started"] else "did not begin"),
+            f"{row['answers']} of {row['of']}",
+            f"{row['failed_checks']} of {row['checks']}",
+            f"{row['median_seconds']:.1f} s" if row["started"] else "–",
+            f"{row['played']:.0%}" if row["started"] else "–",
         ]
         for row in result["raters"]
     ]
-    parts.append(_table(["rater", "answers", "failed checks", "time for a reply", "clips played", ""], rows))
-    if result["problems"]:
-        parts += ["## Lines that are no answers", "\n".join(f"- {_cell(line)}" for line in result["problems"])]
-    return "\n\n".join(parts) + "\n"
+    header = ["rater", "outcome", "answers", "failed checks", "time for a reply, median", "clips played"]
+    return Table("The raters, and who was left out", header, rows, names=2, prose=True)
+
+
+def _problems(result: dict) -> list[Table]:
+    lines = [[line] for line in result["problems"]]
+    return [Table("Lines that are no answers", ["line"], lines, prose=True)] if lines else []
+
+
+def markdown(result: dict) -> str:
+    """All of the analysis in Markdown."""
+    return report_markdown("Human evaluation", [], [Section("What the raters said", parts(result))])
 
 
 def write(result: dict, folder: Path) -> tuple[Path, Path]:
     """Writes `analysis.md` and `analysis.json` into a folder; returns their paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    page, data = folder / "analysis.md", folder / "analysis.json"
+    page, data = folder / "analysis.md", folder / ANALYSIS
     page.write_text(markdown(result), encoding="utf-8")
     data.write_text(json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return page, data
