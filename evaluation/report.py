@@ -3,9 +3,9 @@ All results of an evaluation as one report: a page to read, Markdown, and LaTeX 
 
     empathic evaluate report runs/evaluation
 
-Reads what the other `empathic evaluate` commands, `empathic study analyse`, `empathic quickstart` and `empathic counter`
-wrote into the folders and into the folders right below them, and writes report.html, report.md and tables.tex. What is
-not there is named.
+Reads what `empathic quickstart`, `counter`, `study analyse` and the other commands of `empathic evaluate` wrote into the
+folders and into the folders right below them, and writes report.html, report.md and tables.tex. What is not there is
+named.
 """
 
 import json

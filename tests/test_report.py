@@ -373,6 +373,7 @@ def test_what_the_real_commands_write_is_shown(real, capsys):
         "Comparisons of two systems",  # both clips with an emotion are of one conversation
         "Table 3&#x27;s own setting",
         "Table 2 (ablation)",
+        "Human evaluation (Sec",
     ]
     assert text.count("<article>") == 6 and text.count("data:video/mp4;base64,") >= 1
     labels = [

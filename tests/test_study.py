@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -533,8 +534,60 @@ def test_names_cannot_break_the_table(study, tmp_path):
     _answer_all(folder, key, lambda *_: 2)
     page, data = write(analyse(folder, resamples=10), tmp_path / "out")
     row = next(line for line in page.read_text().split("\n") if line.startswith("| a"))
+    assert row.startswith("| a&#124;b&lt;i&gt; | 2.00 [2.00, 2.00] | 2.00")
+    assert row.count("|") == 5 and json.loads(data.read_text())["kept_raters"] == 1
+
+
+# ------------------------------------------------------------------------------------------------------- in the report
+
+
+def _rows(text):
+    rows = re.findall(r"<tr.*?</tr>", text, re.DOTALL)
+    return [[re.sub(r"<.*?>", "", cell).strip() for cell in re.findall(r"<t[hd].*?</t[hd]>", row)] for row in rows]
+
+
+def test_the_report_takes_up_the_study(study, tmp_path, capsys):
+    folder, key = study(count=4, raters=3, systems=("zebra_7b", "quo&ka"))
+    _answer_all(
+        folder, key, lambda rater, talk, system, _: 3 if system == "quo&ka" else 1 + (rater == 1), {2: {"seconds": 1}}
+    )
+    assert main(["study", "analyse", str(folder), "--resamples", "99", "--min_played", "0.25"]) == 0
+    out = tmp_path / "report"
+    assert main(["evaluate", "report", str(tmp_path), f"--output={out}"]) == 0  # found right below
+    page, markdown_page, tables = ((out / name).read_text() for name in ("report.html", "report.md", "tables.tex"))
+    rows = _rows(page)
+    assert ["zebra_7b", "1.50 [1.50, 1.50]", "1.50 [1.50, 1.50]", "8"] in rows
+    assert ["quo&amp;ka", "3.00 [3.00, 3.00]", "3.00 [3.00, 3.00]", "8"] in rows
+    preferred = ["zebra_7b", "quo&amp;ka", *("0% [0%, 0%]",) * 2, "100% [100%, 100%]", "8", "-1.50 [-1.50, -1.50]"]
+    assert rows.count(preferred) == 2  # of both questions
+    result = json.loads((folder / "analysis.json").read_text())
+    for level in result["agreement"].values():
+        shown = [
+            f"{each['alpha']:.3f} [{each['interval'][0]:.3f}, {each['interval'][1]:.3f}]" for each in level.values()
+        ]
+        assert any(row[1:] == shown for row in rows)
+    (left_out,) = [row for row in rows if row[:1] == ["3"] and len(row) == 6]
+    assert left_out[1] == "left out: took 1.0 s for a reply, the median (less than 2 s)"
+    assert ["settings.exclusion.played", "0.25"] in rows and ["settings.seed", "0"] in rows
+    assert any(row[0] == "versions.python" for row in rows) and not any(code in page for code in key["raters"])
+    assert page.count("<svg ") == 1 and "semantics" in page and ">Human evaluation: study</h2>" in page
+    assert "<b>Missing:</b> Human evaluation" not in page and "<b>Missing:</b> Table 1" in page
+    # Whoever left raters out after the study says so, in all three.
+    for text in (page, markdown_page, tables):
+        assert "Rules, CHANGED after it" in text and "2 of 3 raters are counted; 3 began." in text
+    assert "| quo&amp;ka | 3.00 [3.00, 3.00] |" in markdown_page.replace("&#91;", "[").replace("&#93;", "]")
+    assert r"zebra\_7b & 1.50 {[}1.50, 1.50{]} &" in tables and "left out: took" not in tables
+    assert all(question["text"] in page for question in key["questions"])
+
+
+def test_a_study_that_was_not_analysed_is_named(study, tmp_path):
+    folder, _ = study()
+    (tmp_path / "report.json").write_text(
+        json.dumps({"settings": {"pooling": "mean", "threshold": 0}, "pairs": 0, "splits": {}})
+    )
+    assert main(["evaluate", "report", str(tmp_path)]) == 0
     assert (
-        row.startswith("| a\\|b&lt;i> | 2.00 [2.00, 2.00] | 2.00") and json.loads(data.read_text())["kept_raters"] == 1
+        f"Human evaluation (Sec. 5.2): run empathic study analyse {folder}." in (tmp_path / "report.html").read_text()
     )
 
 

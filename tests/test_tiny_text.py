@@ -206,9 +206,10 @@ def test_tokenizers_are_reproducible(text_tokenizer):
 # ---------------------------------------------------------------------------------------------------- pretraining
 
 
-def test_prompts_are_the_processors(text_tokenizer):
-    memory_tokenizer = build_memory_tokenizer(prompt_texts())  # its own: <MEM> is added
+def test_prompts_are_the_processors():
     """What the language model learns on must be, token by token, what the stages will show it."""
+    # Its own: tokens are added to them.
+    text_tokenizer, memory_tokenizer = build_text_tokenizer(prompt_texts()), build_memory_tokenizer(prompt_texts())
     memory_tokenizer.add_special_tokens({"additional_special_tokens": ["<MEM>"]})
     processor = EmpathicProcessor(
         CLIPImageProcessorPil(size={"height": 32, "width": 32}, crop_size={"height": 32, "width": 32}),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from empathic.evaluation.results import versions
 from empathic.evaluation.study.agreement import LEVELS, alpha, coincidences
 from empathic.evaluation.study.answers import read_answers
 from empathic.evaluation.study.build import ANSWERS, KEY, Exclusion
@@ -38,7 +39,7 @@ def analyse(
         resamples, confidence, seed: of the bootstrap.
 
     Returns:
-        {"scores", "differences", "preferences", "agreement", "raters", "settings", ...}, see `report.markdown`.
+        {"scores", "differences", "preferences", "agreement", "raters", "settings", ...}, see `report.parts`.
 
     Raises:
         StudyError: for a folder that is no study, options that do not do, or where no rater is left.
@@ -143,6 +144,7 @@ def analyse(
         "exclusion": asdict(exclusion),
         "exclusion_as_stated_before": asdict(exclusion) == own,
     }
+    result["versions"] = versions()
     return result
 
 

@@ -13,8 +13,8 @@ AGREEMENT = (
     "tentative conclusions."
 )
 PAPER = (
-    "The paper asked ten raters about ten conversations and six systems (Sec. 9); it draws their mean scores in Fig. 5, "
-    "which are not copied here. Our wording of the questions is our own."
+    "The paper asked ten raters about ten conversations and six systems (Sec. 9). It draws the mean scores (Fig. 5), "
+    "which are not copied here. The wording of our questions is our own."
 )
 
 
