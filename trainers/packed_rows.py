@@ -11,14 +11,14 @@ from empathic.trainers.frozen_outputs import frozen_inputs, is_frozen_key
 from empathic.trainers.log_probabilities import log_probabilities_from
 from empathic.trainers.preference_collator import IGNORE
 from empathic.trainers.shared_prefix import CannotShare, drops, enable_pair_layouts, why_not_packed
-from empathic.trainers.varlen_attention import Segments, attend_in_one_call
+from empathic.trainers.varlen_attention import PackedLayout
 
 logger = logging.get_logger(__name__)
 
 _NOT_FOR_MODEL = ("labels", "sample_ids", "left_out")
 
 
-class RowLayout:
+class RowLayout(PackedLayout):
     """
     A packed row `prefix | rest of row 0 | rest of row 1 | ...`: each row sees the prefix and itself.
 
@@ -32,7 +32,7 @@ class RowLayout:
     """
 
     def __init__(self, prefix: int, rests: list[int], device: torch.device):
-        self.prefix, self.attended, self.obstacle = prefix, 0, None
+        self.prefix = prefix
         lengths = torch.tensor(rests, device=device)
         place = torch.arange(max(rests), device=device)
         present = place < lengths[:, None]  # (rows, longest)
@@ -45,23 +45,13 @@ class RowLayout:
         ends = [prefix, *(prefix + end for end in accumulate(rests))]
         own = [(0, prefix, 0, 0)] if prefix else []
         self._ranges = [*own, *((start, end, 0, prefix) for start, end in pairwise(ends))]
-        self._segments: Segments | None = None
 
-    def attend(self, query, key, value, dropout: float, scale: float | None) -> torch.Tensor:
-        """Attention (1, length, heads, width) of states (1, heads, length, width)."""
+    def ranges(self) -> list[tuple[int, int, int, int]]:
+        """The prefix, and each row after it."""
+        return self._ranges
 
-        def segments() -> Segments:
-            if self._segments is None:
-                self._segments = Segments(self._ranges, query.device)
-            return self._segments
-
-        def plain(*states) -> torch.Tensor:
-            return self._side_by_side(*states, dropout, scale)
-
-        output = None if dropout > 0 else attend_in_one_call(segments, plain, query, key, value, scale)
-        return plain(query, key, value) if output is None else output
-
-    def _side_by_side(self, query, key, value, dropout: float, scale: float | None) -> torch.Tensor:
+    def plain(self, query, key, value, dropout: float, scale: float | None) -> torch.Tensor:
+        """Attention (1, length, heads, width) of states (1, heads, length, width), the rows side by side."""
         options = {"dropout_p": dropout, "scale": scale}
         # (rows, heads, longest, width)
         queries, keys, values = (states[0][:, self.index].transpose(0, 1) for states in (query, key, value))

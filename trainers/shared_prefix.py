@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from empathic.trainers.preference_collator import IGNORE
-from empathic.trainers.varlen_attention import Segments, attend_in_one_call
+from empathic.trainers.varlen_attention import PackedLayout
 
 # In a packed row the attention of all of these is torch's scaled_dot_product_attention, which has flash kernels too.
 IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flash_attention_3")
@@ -31,18 +31,15 @@ class CannotShare(Exception):
 
 
 @dataclass(eq=False)
-class PairLayout:
+class PairLayout(PackedLayout):
     """Where the pairs of a packed row lie.
 
     `spans` has (start, length of the shared prefix, where the rejected reply starts, end) of each pair, as offsets in
-    the row. `attended` counts the layers that have attended by it; `obstacle` is why one could not.
+    the row.
     """
 
     spans: list[tuple[int, int, int, int]]
-    attended: int = 0
-    obstacle: str | None = None
     _masks: dict = field(default_factory=dict, repr=False)
-    _segments: Segments | None = field(default=None, repr=False)
 
     def mask(self, index: int, device: torch.device) -> torch.Tensor:
         """What the rejected reply of a pair sees of the pair, (its length, the pair's length): itself and the prefix,
@@ -54,24 +51,15 @@ class PairLayout:
             self._masks[index, device] = sees
         return self._masks[index, device]
 
-    def attend(self, query, key, value, dropout: float, scale: float | None) -> torch.Tensor:
-        """Attention (1, length, heads, width) of states (1, heads, length, width)."""
+    def ranges(self) -> list[tuple[int, int, int, int]]:
+        """Prompt and chosen reply of each pair, and the rejected reply behind the prompt."""
+        found = []
+        for start, shared, rejected, end in self.spans:
+            found += [(start, rejected, start, start), (rejected, end, start, start + shared)]
+        return [each for each in found if each[0] < each[1]]
 
-        def segments() -> Segments:
-            if self._segments is None:
-                found = []
-                for start, shared, rejected, end in self.spans:
-                    found += [(start, rejected, start, start), (rejected, end, start, start + shared)]
-                self._segments = Segments([each for each in found if each[0] < each[1]], query.device)
-            return self._segments
-
-        def plain(*states) -> torch.Tensor:
-            return self._pair_by_pair(*states, dropout, scale)
-
-        output = None if dropout > 0 else attend_in_one_call(segments, plain, query, key, value, scale)
-        return plain(query, key, value) if output is None else output
-
-    def _pair_by_pair(self, query, key, value, dropout: float, scale: float | None) -> torch.Tensor:
+    def plain(self, query, key, value, dropout: float, scale: float | None) -> torch.Tensor:
+        """Attention (1, length, heads, width) of states (1, heads, length, width), pair by pair."""
         outputs = []
         for index, (start, _, rejected, end) in enumerate(self.spans):
             first, second, pair = slice(start, rejected), slice(rejected, end), slice(start, end)

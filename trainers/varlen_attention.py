@@ -61,20 +61,41 @@ class Segments:
         return output[None]
 
 
-def attend_in_one_call(segments: Callable[[], Segments], plain: Callable, query, key, value, scale: float | None):
+class PackedLayout:
     """
-    The attention of `Segments` by the kernel, or None where there is none, or where its first result was not that of
-    `plain`, a function of (query, key, value): then one line of the log says so.
+    Where the segments of a packed row lie, and their attention: by the kernel, or where there is none, or where its
+    first result was not that of the plain way, by that. One line of the log says if the kernel went wrong.
+
+    `attended` counts the layers that have attended by it; `obstacle` is why one could not.
     """
-    global _is_right
-    kernel = kernel_for(query)
-    if kernel is None or _is_right is False:
-        return None
-    if _is_right is None:
-        states = query.detach(), key.detach(), value.detach()
+
+    attended: int = 0
+    obstacle: str | None = None
+    _segments: Segments | None = None
+
+    def ranges(self) -> list[tuple[int, int, int, int]]:
+        """The segments, as `Segments` takes them."""
+        raise NotImplementedError
+
+    def plain(self, query, key, value, dropout: float, scale: float | None) -> torch.Tensor:
+        """`attend` by torch's `scaled_dot_product_attention`."""
+        raise NotImplementedError
+
+    def attend(self, query, key, value, dropout: float, scale: float | None) -> torch.Tensor:
+        """Attention (1, length, heads, width) of states (1, heads, length, width)."""
+        kernel = None if dropout > 0 or _is_right is False else kernel_for(query)
+        if kernel is not None and self._segments is None:
+            self._segments = Segments(self.ranges(), query.device)
+        if kernel is None or (_is_right is None and not self._kernel_is_right(kernel, query, key, value, scale)):
+            return self.plain(query, key, value, dropout, scale)
+        return self._segments.attend(kernel, query, key, value, scale)
+
+    @torch.no_grad()
+    def _kernel_is_right(self, kernel: Callable, query, key, value, scale: float | None) -> bool:
+        global _is_right
+        wanted = self.plain(query, key, value, 0.0, scale)
         try:
-            with torch.no_grad():
-                wanted, found = plain(*states), segments().attend(kernel, *states, scale)
+            found = self._segments.attend(kernel, query, key, value, scale)
             far = (wanted - found).abs().max().item() / max(wanted.abs().max().item(), 1e-6)
         except Exception as error:  # a kernel that does not run shows as many kinds of error
             far, reason = float("inf"), f"{type(error).__name__}: {error}"
@@ -83,5 +104,4 @@ def attend_in_one_call(segments: Callable[[], Segments], plain: Callable, query,
         _is_right = far <= TOLERANCE
         if not _is_right:
             logger.warning("torch's variable-length attention is not used: %s.", reason)
-            return None
-    return segments().attend(kernel, query, key, value, scale)
+        return _is_right
