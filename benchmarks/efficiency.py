@@ -12,14 +12,11 @@ weights; without a GPU their sizes and positions are printed, and nothing is mea
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 from pathlib import Path
 
 import torch
-import transformers
 from transformers.utils import logging
 
 from empathic.benchmarks.efficiency_arms import (
@@ -33,6 +30,7 @@ from empathic.benchmarks.efficiency_arms import (
 from empathic.benchmarks.efficiency_options import PAPER_UTTERANCE, UTTERANCE, add_options
 from empathic.benchmarks.efficiency_report import markdown, plot
 from empathic.benchmarks.efficiency_turns import measure_turns
+from empathic.benchmarks.machine import describe_machine
 from empathic.benchmarks.memory_plan import weight_bytes
 from empathic.benchmarks.scan import measure_scan
 
@@ -211,21 +209,12 @@ def run(options: argparse.Namespace) -> dict:
     else:
         model, processor = checkpoint_parts(options.model, dtype, device)
         name = str(options.model)
-    is_cuda = device == "cuda"
     results = {
         "command": f"python -m empathic.benchmarks.efficiency {' '.join(as_arguments(options))}".strip(),
         "name": name,
         "settings": {key: value for key, value in vars(options).items() if key not in ("run", "command", "table")},
         "text": f"An utterance has {options.utterance} tokens of the language model.",
-        "machine": {
-            "device": torch.cuda.get_device_name() if is_cuda else platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "load": os.getloadavg()[0],
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "machine": describe_machine(options.device),
         "histories": {},
     }
     if options.plan:

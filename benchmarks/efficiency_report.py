@@ -121,8 +121,8 @@ def markdown(results: dict, plots: list[str]) -> str:
     lines = [
         "# Cost of the conversation's history (paper's Table 3)",
         f"`{results['command']}`",
-        f"{results['name']}, {settings['dtype']}, {machine['device']}, torch {machine['torch']}; time: {clock}, median "
-        f"of {settings['repeats']} runs in turn. {results['text']}",
+        f"{results['name']}, {settings['dtype']}, {machine['device']}, torch {machine['versions']['torch']}; "
+        f"time: {clock}, median of {settings['repeats']} runs in turn. {results['text']}",
     ]
     if results.get("ratios"):
         lines += ["## Ratios", ratio_table(results["ratios"])]

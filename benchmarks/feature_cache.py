@@ -13,8 +13,6 @@ are cores to spare.
 import argparse
 import itertools
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -38,6 +36,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from empathic.benchmarks.machine import describe_machine
 from empathic.data_prep.folder import prepare_folder
 from empathic.media_empathic import read_audio, read_video
 from empathic.tiny.corpus import write_corpus
@@ -84,7 +83,7 @@ def as_film(path: Path) -> None:
     sound = np.resize(read_audio(path, FILM_SOUND), round(FILM_SECONDS * FILM_SOUND))
     film = path.with_suffix(".film.mp4")
     with av.open(str(film), "w") as container:
-        video = container.add_stream("libx264", rate=FILM_RATE, options={"preset": "veryfast", "threads": "1"})
+        video = container.add_stream("libx264", rate=FILM_RATE, options={"preset": "ultrafast", "threads": "1"})
         video.width, video.height, video.pix_fmt, video.bit_rate = *FILM_SIZE, "yuv420p", 1_500_000
         audio = container.add_stream("aac", rate=FILM_SOUND, layout="stereo")
         for picture in islice(cycle(pictures), round(FILM_SECONDS * FILM_RATE)):
@@ -172,8 +171,8 @@ def main(argv: list[str] | None = None) -> dict:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output", default="runs/benchmarks/feature_cache.json", help="JSON file (%(default)s)")
-    parser.add_argument("--steps", type=int, default=30, help="counted steps of each (%(default)s)")
-    parser.add_argument("--dialogues", type=int, default=30, help="about three clips each (%(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="counted steps of each (%(default)s)")
+    parser.add_argument("--dialogues", type=int, default=12, help="about three clips each (%(default)s)")
     parser.add_argument("--clips", nargs="+", choices=CLIPS, default=CLIPS, help="which clips (both)")
     parser.add_argument("--draws", type=int, default=4, help="random frame draws a clip (%(default)s)")
     options = parser.parse_args(argv)
@@ -183,14 +182,7 @@ def main(argv: list[str] | None = None) -> dict:
     for clips in options.clips:
         with tempfile.TemporaryDirectory() as root, redirect_stdout(sys.stderr):
             result[clips] = measure(Path(root), options.steps, options.dialogues, options.draws, clips)
-    result["machine"] = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+    result["machine"] = describe_machine()
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     Path(options.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     for clips in options.clips:

@@ -20,8 +20,6 @@ once, the head at the replies; the same for all, so this is model FLOPs utilisat
 
 import argparse
 import json
-import os
-import platform
 import sys
 import tempfile
 import warnings
@@ -30,12 +28,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
-import peft
 import torch
 import transformers
 import trl
 
 from empathic.benchmarks.flops import peak_tflops
+from empathic.benchmarks.machine import describe_machine
 from empathic.benchmarks.memory_plan import GIB, weight_bytes
 from empathic.benchmarks.preference_sides import (
     CPO,
@@ -261,19 +259,6 @@ def describe(planned: dict) -> str:
     )
 
 
-def machine(device: str) -> dict:
-    """Where it was measured."""
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else "cpu",
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
-        "python": platform.python_version(),
-        **{module.__name__: module.__version__ for module in (torch, transformers, trl, peft)},
-    }
-
-
 def measure_all(cases: list[Case], chosen: Preset, options: argparse.Namespace) -> list[dict]:
     """`measure` of each case, where a device that is too small is a result as well."""
     found = []
@@ -313,7 +298,7 @@ def main(argv: list[str] | None = None) -> dict:
         },
         "step": "Forward and backward, no optimizer",
         "timed_steps": options.steps,
-        "machine": machine(options.device),
+        "machine": {**describe_machine(options.device), "trl": trl.__version__},
     }
     print(
         f"Random {chosen.dtype} weights: width {config.hidden_size}, {config.num_hidden_layers} layers, "

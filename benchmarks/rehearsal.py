@@ -12,16 +12,13 @@ should take and what fits on which card, and ends.
 import argparse
 import gc
 import json
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import peft
 import torch
-import transformers
 import yaml
 from tokenizers import Tokenizer, models
 from torch.utils.data import Dataset
@@ -29,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, set_seed
 
 from empathic.benchmarks.flops import model_flops, peak_tflops
+from empathic.benchmarks.machine import describe_machine
 from empathic.benchmarks.memory_plan import GIB, SIZES, LiveMemory, largest_batches, parameters_by_part, plan
 from empathic.benchmarks.shapes import Shapes, build, make_batch, prepare, preset_config
 from empathic.benchmarks.step_costs import CPU_ATTENTION
@@ -296,13 +294,7 @@ def main(argv: list[str] | None = None) -> dict:
             **{name: getattr(options, name) for name in ("turns", "sentence", "reply", "dtype", "steps", "device")},
             "lora": {key: value for key, value in read_recipe(options.preset, "dialogue").items() if "lora" in key},
         },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
-        },
-        "hardware": {"device": "none", "processor": platform.machine()},
+        "machine": describe_machine(options.device),
         "plan": {stage: plan_stage(stage, options) for stage in options.stages},
         "measured": {},
     }
@@ -314,12 +306,6 @@ def main(argv: list[str] | None = None) -> dict:
     if options.plan or not has_device:
         print("Nothing was measured: " + ("--plan." if options.plan else "there is no GPU here."))
     else:
-        if options.device == "cuda":
-            properties = torch.cuda.get_device_properties(0)
-            results["hardware"] |= {"device": properties.name, "memory_gib": properties.total_memory / GIB}
-            results["versions"]["cuda"] = torch.version.cuda
-        else:
-            results["hardware"]["device"] = "cpu"
         for stage in options.stages:
             found = try_to_measure(stage, options.recipes[stage], options, shapes_of(stage, options))
             results["measured"][stage] = found
