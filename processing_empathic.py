@@ -249,11 +249,19 @@ class EmpathicProcessor(ProcessorMixin):
         return [(i % 2 == 1, texts[int(p)] if i % 2 else p) for i, p in enumerate(pieces) if i % 2 or p]
 
     def _template(self, task: str, chat_template: str | None) -> str:
+        # A string: a download that went without the folder of the others.
+        templates = {"default": self.chat_template} if isinstance(self.chat_template, str) else self.chat_template
         if chat_template is not None:
-            return self.chat_template.get(chat_template, chat_template)
+            return templates.get(chat_template, chat_template)
         if task not in TASKS:
             raise ValueError(f"Unknown task {task!r}; the tasks are {', '.join(TASKS)}.")
-        return self.chat_template["default" if task == "dialogue" else task]
+        name = "default" if task == "dialogue" else task
+        if name not in templates:
+            raise ValueError(
+                f"The processor has no chat template of the task {task!r}, only {', '.join(templates)}. The others are "
+                "files in `additional_chat_templates` of a checkpoint: download the whole of it (`hf download ID`)."
+            )
+        return templates[name]
 
     def _prompt(self, messages, task, history, emotion, with_text, add_generation_prompt, chat_template):
         if history not in ("memory", "text"):

@@ -149,6 +149,15 @@ def test_a_template_of_ones_own(processor):
     )
 
 
+def test_a_processor_that_came_without_its_other_templates(processor, monkeypatch):
+    messages = [user("old dog")]
+    prompt = processor.apply_chat_template(messages)
+    monkeypatch.setattr(processor, "chat_template", processor.chat_template["default"])
+    assert processor.apply_chat_template(messages) == prompt
+    with pytest.raises(ValueError, match="no chat template of the task 'emotion', only default.*download the whole"):
+        processor.apply_chat_template(messages, task="emotion")
+
+
 def test_tokens_are_those_of_the_rendered_prompt(processor):
     messages = [*HISTORY, user("about the old dog", sine(), grey(9, 99))]
     batch = processor.apply_chat_template(messages, **TENSORS)
