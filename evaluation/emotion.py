@@ -25,6 +25,7 @@ from empathic.evaluation.replies import conversation_of, read_replies, write_rep
 from empathic.evaluation.results import versions, write_results
 from empathic.evaluation.statistics_of_replies import (
     ADJUSTED,
+    Draws,
     add_adjusted,
     compare_means,
     mean_interval,
@@ -149,12 +150,10 @@ def score_answers(rows: list[dict], confidence: float = 0.95, resamples: int = 1
 
     metrics = {name: {"mean": found[name], "low": None, "high": None} for name in ("accuracy", "mean_recall")}
     if len(set(conversations)) > 1:
-        options = {"confidence": confidence, "seed": seed}
+        many, few = Draws(confidence, resamples, seed), Draws(confidence, max(1, resamples // 10), seed)
         intervals = {
-            "accuracy": mean_interval(hits, conversations, resamples=resamples, **options),
-            "mean_recall": metric_interval(
-                mean_recall, len(rows), conversations, resamples=max(1, resamples // 10), **options
-            ),
+            "accuracy": mean_interval(hits, conversations, many),
+            "mean_recall": metric_interval(mean_recall, len(rows), conversations, few),
         }
         for name, interval in intervals.items():
             metrics[name] |= {"low": interval.low, "high": interval.high}
@@ -233,8 +232,8 @@ def evaluate_emotion(
     for name in SETTINGS if len(set(conversations)) > 1 else ():
         if name == best:
             continue
-        bootstrap = {"confidence": confidence, "resamples": resamples, "seed": seed}
-        both = compare_means(_hits(rows[best]), _hits(rows[name]), conversations, **bootstrap)
+        draws = Draws(confidence, resamples, seed)
+        both = compare_means(_hits(rows[best]), _hits(rows[name]), conversations, draws)
         about = {"difference": both.difference.value, "low": both.difference.low, "high": both.difference.high}
         comparisons.append({"a": best, "b": name, "metric": "accuracy", **about, "p": both.p_value})
     add_adjusted(comparisons)

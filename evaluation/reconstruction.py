@@ -9,18 +9,17 @@ once. BLEU and BERTScore compare whole runs, with the speakers' names, as the mo
 
 import html
 import json
-import platform
 import random
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import transformers
 
 from empathic.data_prep.views import conversations
 from empathic.evaluation.generation import generate_texts
 from empathic.evaluation.metrics import bleu, content_recall, exact_match, words_of
 from empathic.evaluation.modules.bertscore.bert_similarity import BertScore
+from empathic.evaluation.results import versions, write_results
 from empathic.trainers.samples import rebuild_sample
 
 PUBLISHED = {"dataset": "MultiDialog, test_freq", "bleu1": 0.848, "bleu4": 0.679, "bertscore": 0.969}  # Table 8
@@ -294,15 +293,10 @@ def run(model: str, data: str, output: str | Path, options: ReconstructionOption
         **found,
         "published": PUBLISHED,
         "settings": asdict(options),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
     }
     folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "reconstruction.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_results(folder / "reconstruction.json", results)
     lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in written)
     (folder / "reconstruction.jsonl").write_text(lines, encoding="utf-8")
     (folder / "reconstruction.md").write_text(markdown(results, written, options.examples), encoding="utf-8")

@@ -3,9 +3,8 @@ All results of an evaluation as one report: a page to read, Markdown, and LaTeX 
 
     empathic evaluate report runs/evaluation
 
-Reads what `empathic quickstart`, `counter`, `study analyse` and the other commands of `empathic evaluate` wrote into the
-folders and into the folders right below them, and writes report.html, report.md and tables.tex. What is not there is
-named.
+Reads what `empathic quickstart`, `counter`, `study analyse` and the other commands of `evaluate` wrote into the folders
+and into the folders right below them, and writes report.html, report.md and tables.tex. What is not there is named.
 """
 
 import json
@@ -170,7 +169,7 @@ def _settings_table(found: Found) -> Table:
     """All that decided the results, with versions and seeds."""
     results = found.results
     rows = [row for name in ABOUT if name in results for row in _flat(results[name], name)]
-    for name, system in results.get("systems", {}).items():
+    for name, system in results["systems"].items() if found.kind in ("dialogue", "ablation", "emotion") else ():
         rows += _flat(system["settings"], f"systems.{name}")
     if not rows:
         rows = [["settings", "the file holds none"]]

@@ -1,7 +1,7 @@
 """Saved replies of several systems -> metrics with confidence intervals, and who differs from whom (Tables 1 and 2)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from empathic.evaluation.metrics import bleu_counts, bleu_of_counts, corpus_dist
 from empathic.evaluation.modules.bertscore.bert_similarity import BertScore
 from empathic.evaluation.replies import conversation_of
 from empathic.evaluation.statistics_of_replies import (
+    Draws,
     add_adjusted,
     compare_means,
     compare_metric,
@@ -67,21 +68,17 @@ class Scoring:
 
 
 @dataclass(frozen=True)
-class _Draws:
-    """The rows' conversations, and how intervals and tests are drawn."""
+class _Sampling:
+    """The rows' conversations, and how they are drawn: for means, and for metrics that are computed for each draw."""
 
     conversations: list[str]
-    confidence: float
-    resamples: int
-    seed: int
+    many: Draws
+    few: Draws
 
     @property
     def possible(self) -> bool:
         """How far conversations differ, at least two are needed to tell."""
         return len(set(self.conversations)) > 1
-
-    def options(self, resamples: int) -> dict:
-        return {"confidence": self.confidence, "resamples": resamples, "seed": self.seed}
 
 
 class _MeanMetric:
@@ -93,12 +90,11 @@ class _MeanMetric:
     def value(self, name: str) -> float:
         return float(self.scores[name].mean())
 
-    def interval(self, name: str, draws: _Draws):
-        return mean_interval(self.scores[name], draws.conversations, **draws.options(draws.resamples))
+    def interval(self, name: str, sampling: _Sampling):
+        return mean_interval(self.scores[name], sampling.conversations, sampling.many)
 
-    def compare(self, a: str, b: str, draws: _Draws):
-        options = draws.options(draws.resamples)
-        return compare_means(self.scores[a], self.scores[b], draws.conversations, **options)
+    def compare(self, a: str, b: str, sampling: _Sampling):
+        return compare_means(self.scores[a], self.scores[b], sampling.conversations, sampling.many)
 
 
 class _BleuMetric:
@@ -110,16 +106,19 @@ class _BleuMetric:
     def value(self, name: str) -> float:
         return bleu_of_counts(self.counts[name].sum(0))
 
-    def interval(self, name: str, draws: _Draws):
-        counts, options = self.counts[name], draws.options(draws.resamples // 10)
+    def interval(self, name: str, sampling: _Sampling):
         return metric_interval(
-            lambda rows: bleu_of_counts(counts[rows].sum(0)), len(counts), draws.conversations, **options
+            lambda rows: bleu_of_counts(self.counts[name][rows].sum(0)),
+            len(self.counts[name]),
+            sampling.conversations,
+            sampling.few,
         )
 
-    def compare(self, a: str, b: str, draws: _Draws):
-        both, options = np.concatenate([self.counts[a], self.counts[b]]), draws.options(draws.resamples // 10)
-        rows = len(draws.conversations)
-        return compare_metric(lambda chosen: bleu_of_counts(both[chosen].sum(0)), rows, draws.conversations, **options)
+    def compare(self, a: str, b: str, sampling: _Sampling):
+        both, conversations = np.concatenate([self.counts[a], self.counts[b]]), sampling.conversations
+        return compare_metric(
+            lambda chosen: bleu_of_counts(both[chosen].sum(0)), len(conversations), conversations, sampling.few
+        )
 
 
 class _CorpusDist:
@@ -134,10 +133,10 @@ class _CorpusDist:
     def value(self, name: str) -> float:
         return corpus_dist_n(self.texts[name], 1, allow_empty=True) if any(self.texts[name]) else 0.0
 
-    def interval(self, name: str, draws: _Draws):
+    def interval(self, name: str, sampling: _Sampling):
         return None
 
-    def compare(self, a: str, b: str, draws: _Draws):
+    def compare(self, a: str, b: str, sampling: _Sampling):
         return None
 
 
@@ -177,11 +176,12 @@ def score_replies(replies: dict[str, list[dict]], scoring: Scoring, pairs: Seque
     texts = {name: [rows[place]["reply"] for place in kept] for name, rows in replies.items()}
     references = [replies[first][place]["reference"] for place in kept]
     conversations = [conversation_of(replies[first][place]) for place in kept]
-    draws = _Draws(conversations, scoring.confidence, scoring.resamples, scoring.seed)
+    many = Draws(scoring.confidence, scoring.resamples, scoring.seed)
+    sampling = _Sampling(conversations, many, replace(many, resamples=scoring.resamples // 10))
     found, computed_by, skipped = _metrics(texts, references, scoring)
     systems = {
         name: {
-            "metrics": {metric: _with_interval(values, name, draws) for metric, values in found.items()},
+            "metrics": {metric: _with_interval(values, name, sampling) for metric, values in found.items()},
             "count": len(kept),
             "empty": sum(not text for text in texts[name]),
             "notes": [{"id": row["id"], "note": row["note"]} for row in rows if row.get("note")],
@@ -194,9 +194,9 @@ def score_replies(replies: dict[str, list[dict]], scoring: Scoring, pairs: Seque
         for name, rows in replies.items()
     }
     comparisons = []
-    for a, b in pairs if draws.possible else ():
+    for a, b in pairs if sampling.possible else ():
         for metric, values in found.items():
-            comparison = values.compare(a, b, draws)
+            comparison = values.compare(a, b, sampling)
             if comparison is not None:
                 difference = comparison.difference
                 about = {"difference": difference.value, "low": difference.low, "high": difference.high}
@@ -217,8 +217,8 @@ def _histogram(scores: np.ndarray) -> dict[str, list]:
     return {"edges": [round(edge, 2) for edge in edges.tolist()], "counts": counts.tolist()}
 
 
-def _with_interval(values, name: str, draws: _Draws) -> dict:
-    interval = values.interval(name, draws) if draws.possible else None
+def _with_interval(values, name: str, sampling: _Sampling) -> dict:
+    interval = values.interval(name, sampling) if sampling.possible else None
     ends = (None, None) if interval is None else (interval.low, interval.high)
     return {"mean": values.value(name), "low": ends[0], "high": ends[1]}
 

@@ -30,6 +30,40 @@ Metric = Callable[[np.ndarray], float]  # rows (n,) of int, some of them several
 
 
 @dataclass(frozen=True)
+class Draws:
+    """
+    How intervals and p-values are drawn.
+
+    Args:
+        confidence: how often an interval holds the true value, 0 to 1.
+        resamples: how often conversations are drawn, as many as there are, with replacement; and how many permutations
+            are tried, or all that there are where these are no more: then the p-value is exact.
+        seed: of the draws.
+        method: `bca`, corrected for median bias and skewness, or `percentile`.
+
+    Raises:
+        ValueError: for one that is out of range.
+    """
+
+    confidence: float = 0.95
+    resamples: int = 10_000
+    seed: int = 0
+    method: str = "bca"
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"The method {self.method!r} is not one of {', '.join(METHODS)}.")
+        if not 0 < self.confidence < 1:
+            raise ValueError(f"The confidence is {self.confidence}; give a share between 0 and 1, such as 0.95.")
+        if self.resamples < 1:
+            raise ValueError(f"There are to be {self.resamples} resamples; give 1 or more.")
+
+
+MANY = Draws()
+FEW = Draws(resamples=1000)  # for metrics that are called once a draw
+
+
+@dataclass(frozen=True)
 class Interval:
     """
     A metric with its confidence interval.
@@ -37,21 +71,16 @@ class Interval:
     Args:
         value: the metric of all rows.
         low, high: ends of the interval; `value` itself where no draw gives another one.
-        confidence: how often such an interval holds the true value, 0 to 1.
         rows, conversations: how many there are.
-        method: `bca` or `percentile`.
-        resamples, seed: how many draws, and from which seed.
+        draws: how it was drawn.
     """
 
     value: float
     low: float
     high: float
-    confidence: float
     rows: int
     conversations: int
-    method: str
-    resamples: int
-    seed: int
+    draws: Draws
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
@@ -88,11 +117,7 @@ class Comparison:
 def mean_interval(
     scores: Sequence[float],
     conversations: Sequence[Hashable] | None = None,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
-    method: str = "bca",
+    draws: Draws = MANY,
 ) -> Interval:
     """
     The mean of scores with its confidence interval.
@@ -100,32 +125,25 @@ def mean_interval(
     Args:
         scores: of each reply.
         conversations: id of the conversation that each reply stands in; without it each is one by itself.
-        confidence: of the interval, 0 to 1.
-        resamples: how often conversations are drawn, as many as there are, with replacement.
-        seed: of the draws.
-        method: `bca` (median bias and skewness corrected; the default) or `percentile`.
+        draws: how often it is drawn, and so on.
 
     Raises:
-        ValueError: for a score that is no finite number, naming its row, lists of unequal length, fewer than two
-            conversations, or options that are out of range.
+        ValueError: for a score that is no finite number, naming its row, lists of unequal length, or fewer than two
+            conversations.
 
     Example: scores 0 and 1 of one conversation and 1 of another: 2/3. A draw gives 1/2, 2/3 or 1.
     """
     scores = _check_scores(scores, "scores")
     groups = _groups(len(scores), conversations)
     sums = _sums(scores, groups)
-    return _interval(lambda drawn: _mean_of(drawn, sums), len(scores), groups, confidence, resamples, seed, method)
+    return _interval(lambda drawn: _mean_of(drawn, sums), len(scores), groups, draws)
 
 
 def metric_interval(
     metric: Metric,
     rows: int,
     conversations: Sequence[Hashable] | None = None,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
-    method: str = "bca",
+    draws: Draws = FEW,
 ) -> Interval:
     """
     Any metric of a corpus with its confidence interval.
@@ -133,14 +151,14 @@ def metric_interval(
     Args:
         metric: a function of the numbers of rows, some of them several times.
         rows: how many rows there are.
-        conversations, confidence, resamples, seed, method: as in `mean_interval`. The metric is called once a resample,
-            and under `bca` once more for each conversation.
+        conversations, draws: as in `mean_interval`. The metric is called once a resample, and under `bca` once more for
+            each conversation.
 
     Raises:
         ValueError: as `mean_interval`, and for a metric that is no finite number.
     """
     groups = _groups(rows, conversations)
-    return _interval(_over_rows(metric, groups), rows, groups, confidence, resamples, seed, method)
+    return _interval(_over_rows(metric, groups), rows, groups, draws)
 
 
 # ---------------------------------------------------------------------------------------------------------- two systems
@@ -150,19 +168,14 @@ def compare_means(
     a: Sequence[float],
     b: Sequence[float],
     conversations: Sequence[Hashable] | None = None,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
-    method: str = "bca",
+    draws: Draws = MANY,
 ) -> Comparison:
     """
     Two systems by the mean of their scores, of the same prompts in the same order.
 
     Args:
         a, b: the scores of each reply.
-        conversations, confidence, resamples, seed, method: as in `mean_interval`; `resamples` also counts the
-            permutations. Where there are no more than that, all are tried and the p-value is exact.
+        conversations, draws: as in `mean_interval`.
 
     Raises:
         ValueError: as `mean_interval`.
@@ -172,15 +185,13 @@ def compare_means(
     a, b = _check_scores(a, "a"), _check_scores(b, "b")
     if len(a) != len(b):
         raise ValueError(f"There are {len(a)} scores of a but {len(b)} of b; compare replies to the same prompts.")
-    difference = mean_interval(
-        a - b, conversations, confidence=confidence, resamples=resamples, seed=seed, method=method
-    )
+    difference = mean_interval(a - b, conversations, draws)
     sums = _sums(a - b, _groups(len(a), conversations))[0]
 
     def differences(swapped: np.ndarray) -> np.ndarray:  # (permutations, conversations) bool -> (permutations,)
         return np.where(swapped, -1.0, 1.0) @ sums / len(a)
 
-    p_value, tried, exact = _permutation_test(differences, len(sums), resamples, seed)
+    p_value, tried, exact = _permutation_test(differences, len(sums), draws)
     return Comparison(float(a.mean()), float(b.mean()), difference, p_value, tried, exact)
 
 
@@ -188,11 +199,7 @@ def compare_metric(
     metric: Metric,
     rows: int,
     conversations: Sequence[Hashable] | None = None,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
-    method: str = "bca",
+    draws: Draws = FEW,
 ) -> Comparison:
     """
     Two systems by any metric of a corpus, of the same prompts in the same order.
@@ -201,8 +208,7 @@ def compare_metric(
         metric: a function of the numbers of rows of both systems' replies, one list after the other: row `i` is the
             first system's reply to prompt `i`, row `rows + i` the second one's.
         rows: how many prompts there are.
-        conversations, confidence, resamples, seed, method: as in `compare_means`. The metric is called twice a resample
-            and twice a permutation.
+        conversations, draws: as in `mean_interval`. The metric is called twice a resample and twice a permutation.
 
     Raises:
         ValueError: as `mean_interval`, and for a metric that is no finite number.
@@ -216,7 +222,7 @@ def compare_metric(
     def subtracted(chosen: np.ndarray) -> float:
         return checked(chosen) - checked(rows + chosen)
 
-    difference = _interval(_over_rows(subtracted, groups), rows, groups, confidence, resamples, seed, method)
+    difference = _interval(_over_rows(subtracted, groups), rows, groups, draws)
     every, group_of = np.arange(rows), np.empty(rows, dtype=np.int64)
     for group, members in enumerate(groups):
         group_of[members] = group
@@ -227,7 +233,7 @@ def compare_metric(
             result.append(checked(every + rows * row) - checked(every + rows * ~row))
         return np.array(result)
 
-    p_value, tried, exact = _permutation_test(differences, len(groups), resamples, seed)
+    p_value, tried, exact = _permutation_test(differences, len(groups), draws)
     return Comparison(checked(every), checked(rows + every), difference, p_value, tried, exact)
 
 
@@ -319,26 +325,20 @@ def _over_rows(metric: Metric, groups: list[np.ndarray]) -> Callable[[np.ndarray
     return over
 
 
-def _interval(statistic, rows: int, groups, confidence, resamples, seed, method) -> Interval:
+def _interval(statistic, rows: int, groups, draws: Draws) -> Interval:
     """`statistic` takes (draws, conversations) numbers of conversations and gives (draws,) values."""
-    if method not in METHODS:
-        raise ValueError(f"The method {method!r} is not one of {', '.join(METHODS)}.")
-    if not 0 < confidence < 1:
-        raise ValueError(f"The confidence is {confidence}; give a share between 0 and 1, such as 0.95.")
-    if resamples < 1:
-        raise ValueError(f"There are to be {resamples} resamples; give 1 or more.")
     number = len(groups)
     value = float(statistic(np.arange(number)[None])[0])
-    rng, values = np.random.default_rng(seed), []
+    rng, values = np.random.default_rng(draws.seed), []
     step = max(1, AT_ONCE // number)
-    for start in range(0, resamples, step):
-        values.append(statistic(rng.integers(0, number, (min(step, resamples - start), number))))
+    for start in range(0, draws.resamples, step):
+        values.append(statistic(rng.integers(0, number, (min(step, draws.resamples - start), number))))
     values = np.concatenate(values)
-    ends = ((1 - confidence) / 2, (1 + confidence) / 2)
-    if method == "bca":
+    ends = ((1 - draws.confidence) / 2, (1 + draws.confidence) / 2)
+    if draws.method == "bca":
         ends = _bca_ends(value, values, statistic, number, ends)
     low, high = np.quantile(values, ends)
-    return Interval(value, float(low), float(high), confidence, rows, number, method, resamples, seed)
+    return Interval(value, float(low), float(high), rows, number, draws)
 
 
 def _bca_ends(value, values, statistic, number, ends) -> tuple[float, float]:
@@ -360,7 +360,7 @@ def _bca_ends(value, values, statistic, number, ends) -> tuple[float, float]:
     return tuple(_NORMAL.cdf(bias + shift / (1 - acceleration * shift)) for shift in shifted)
 
 
-def _permutation_test(differences, number: int, resamples: int, seed: int) -> tuple[float, int, bool]:
+def _permutation_test(differences, number: int, draws: Draws) -> tuple[float, int, bool]:
     """
     The two-sided p-value of `differences`, which takes (permutations, conversations) of bool: who changes places.
 
@@ -369,9 +369,9 @@ def _permutation_test(differences, number: int, resamples: int, seed: int) -> tu
     """
     observed = abs(differences(np.zeros((1, number), dtype=bool))[0])
     at_least = observed * (1 - 1e-9) - 1e-12  # the same difference summed up in another order
-    exact = number < 63 and 2**number <= resamples
-    tried = 2**number if exact else resamples
-    rng, hits = np.random.default_rng(seed), 0
+    exact = number < 63 and 2**number <= draws.resamples
+    tried = 2**number if exact else draws.resamples
+    rng, hits = np.random.default_rng(draws.seed), 0
     step = max(1, AT_ONCE // number)
     for start in range(0, tried, step):
         stop = min(start + step, tried)

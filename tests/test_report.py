@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ from empathic.evaluation.published import FIGURE_6, SOURCE, TABLE_1, TABLE_2
 from empathic.evaluation.report import find_results, write_report
 from empathic.evaluation.report_costs import efficiency_parts
 from empathic.evaluation.report_exchanges import Clips
-from empathic.evaluation.report_parts import PUBLISHED_NOTE, Table
-from empathic.evaluation.report_text import latex_table, latex_text, markdown_text
+from empathic.evaluation.report_parts import PUBLISHED_NOTE, Section, Table
+from empathic.evaluation.report_text import latex, latex_number, latex_table, latex_text, markdown_text
 from empathic.tiny.emotion_classifier import train_emotion_classifier
 
 EVIL = "<script>document.title = 'broken'</script><img src=x onerror=\"document.title = 'broken'\"> **no** | $x_1$ & 5%"
@@ -197,12 +198,66 @@ def test_texts_are_escaped_everywhere(written):
 def test_latex_tables_are_balanced():
     table = Table("50% & more_of {it}", ["a", "b"], [["[x] #1", "1.0"], ["* Ours†", "~2^3"]], published=1)
     text = latex_table(table)
-    assert "\\begin{tabular}{lr}" in text and "{[}x{]} \\#1 & 1.0 \\\\\n\\hline\n{*} Ours\\dag{} (published)" in text
+    assert "\\begin{tabular}{lr}" in text and "{[}x{]} \\#1 & 1.0 \\\\\n\\midrule\n{*} Ours\\dag{} (published)" in text
     bare = re.sub(r"\\[{}]", "", text)
     assert bare.count("{") == bare.count("}") and "50\\% \\& more\\_of \\{it\\}" in text
     assert all(line.count(" & ") == 1 for line in text.splitlines() if line.endswith(r"\\"))
     with pytest.raises(ValueError, match="3 cells below 2 columns"):
         Table("t", ["a", "b"], [["1", "2", "3"]])
+
+
+STRANGE = (
+    "50% & a_b #1 {x} $y ~z ^w \\\\q <a>|`c` [d]* é ß ő ą « „ ± − ≤ … – — × “ ” ’ ² ₁ → ✓ 模型 🙂 "
+    "\x07 a--b --o e\u0301 q\u0308"
+)
+
+
+def test_latex_has_no_letter_that_it_cannot_print():
+    assert latex_text("a_b & 50% #1 {x} $ ~ ^ \\ `") == (
+        r"a\_b \& 50\% \#1 \{x\} \$ \textasciitilde{} \textasciicircum{} \textbackslash{} \textasciigrave{}"
+    )
+    assert latex_text("± − ≤ … – —") == r"$\pm$ $-$ $\leq$ \ldots{} -- ---"
+    assert latex_text("--min_seconds") == r"-{}-min\_seconds" and latex_text("a---b") == "a-{}-{}-b"
+    assert latex_text("x₁²") == "x$_{1}$²" and latex_text("e\u0301") == "é"
+    assert latex_text("模") == r"\ifdefined\Umathchar 模\else {U+6A21}\fi{}"
+    assert latex_text("ą") == r"\ifdefined\Umathchar ą\else {U+0105}\fi{}" and latex_text("\x07") == "{U+0007}"
+    assert latex_number("-0.12 [-0.50, +0.25]") == r"$-$0.12 {[}$-$0.50, +0.25{]}"
+    table = Table("t", ["system", "input positions of it"], [["GPT-4o", "-1.0"], ["a - b", "–"]])
+    text = latex_table(table)
+    assert r"system & \shortstack[r]{input positions\\of it} \\" in text
+    assert r"GPT-4o & $-$1.0 \\" in text and r"a - b & -- \\" in text
+
+
+def compile_latex(folder, *lines):
+    """The log of pdfLaTeX, whose every error stops it."""
+    pdflatex = shutil.which("pdflatex")
+    if pdflatex is None:
+        pytest.skip("There is no pdflatex on this machine (Debian: apt install texlive-latex-recommended).")
+    body = [
+        r"\documentclass{article}",
+        r"\usepackage{booktabs,graphicx}",
+        r"\begin{document}",
+        *lines,
+        r"\end{document}",
+    ]
+    (folder / "page.tex").write_text("\n".join(body) + "\n", encoding="utf-8")
+    command = [pdflatex, "-interaction=nonstopmode", "-halt-on-error", "-file-line-error", "page.tex"]
+    run = subprocess.run(command, cwd=folder, capture_output=True)
+    log = (folder / "page.log").read_text(encoding="utf-8", errors="replace")
+    assert run.returncode == 0, log[-3000:]
+    return log
+
+
+def test_the_tables_compile(written, tmp_path):
+    log = compile_latex(tmp_path, rf"\input{{{written / 'tables.tex'}}}")
+    assert "Output written on page.pdf" in log and "Missing character" not in log
+    assert "Overfull" not in log  # every table fits the page
+    table = Table(STRANGE, [STRANGE, STRANGE], [[STRANGE, STRANGE], [STRANGE, "1"]], published=1, notes=[STRANGE])
+    few = Table("t", ["a", "b"], [["1", "2"]])
+    text = latex([Section("s", [table, *[few] * 90])])
+    assert text.count(r"\begin{table}") == 91 and text.count(r"\clearpage") == 2
+    log = compile_latex(tmp_path, text)  # LaTeX gives up where 53 tables wait for their page
+    assert "Missing character" not in log
 
 
 def test_the_same_results_give_the_same_bytes(results, written, tmp_path):

@@ -65,7 +65,9 @@ def raters_sentence(result: dict) -> str:
 def rules_sentence(result: dict) -> str:
     """Who is left out, and whether that was stated before the study."""
     rules = result["settings"]["exclusion"]
-    stated = "as stated before the study" if result["settings"]["exclusion_as_stated_before"] else "CHANGED after it"
+    stated = (
+        "as stated before the study" if result["settings"]["exclusion_as_stated_before"] else "CHANGED after the study"
+    )
     return (
         f"Rules, {stated}: a rater is left out who gave less than {rules['complete']:.0%} of the answers, failed more "
         f"than {rules['failed_checks']} attention checks, took less than {rules['median_seconds']:g} s for a reply "
@@ -83,6 +85,7 @@ def parts(result: dict) -> list[Part]:
     settings = result["settings"]
     header, rows = score_rows(result)
     notes = [
+        *(f"{question['name']}: {question['text']}" for question in result["questions"]),
         f"{SCALE}. In brackets: {settings['confidence']:.0%} intervals, bootstrap over the "
         f"{settings['conversations']} conversations, {settings['resamples']:,} resamples, seed {settings['seed']}.",
         raters_sentence(result),
@@ -94,7 +97,6 @@ def parts(result: dict) -> list[Part]:
         for name, levels in result["agreement"].items()
     ]
     return [
-        *(f"{question['name']}: {question['text']}" for question in result["questions"]),
         Table("Mean scores of the raters (Sec. 5.2)", header, rows, notes=notes),
         *_preferences(result),
         Table("Agreement of the raters", ["question", "ordinal alpha", "nominal alpha"], alphas, notes=[AGREEMENT]),
@@ -119,7 +121,8 @@ def _preferences(result: dict) -> list[Table]:
             change = _value(difference["mean"], difference["interval"], "+.2f")
             rows.append([*row["systems"], *shares, str(row["comparisons"]), change])
         if rows:
-            tables.append(Table(f"Which reply is preferred: {name}", header, rows, names=2, notes=[note]))
+            notes = [note, "No interval is adjusted for several comparisons."]
+            tables.append(Table(f"Which reply is preferred: {name}", header, rows, names=2, notes=notes))
     return tables
 
 
