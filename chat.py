@@ -210,6 +210,18 @@ class ChatSession:
         with self._alone():
             self._memory = self._read(kept)
 
+    def fork(self) -> "ChatSession":
+        """
+        A session that has heard the same: the conversation may go on in two ways, even at once.
+
+        The two share the model, the processor and the tensors of what was said so far (vectors, memory encoder's state,
+        key-value prefix), which no turn writes into: a fork costs memory only as it goes on. What either hears from
+        here on is its own. In the middle of a reply, the fork is the session as it was before that turn.
+        """
+        other = copy.copy(self)
+        other._lock = Lock()
+        return other
+
     def save(self, path: str) -> None:
         """
         Writes the conversation and its memory to one safetensors file. The key-value prefix is not saved: the first

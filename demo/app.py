@@ -83,7 +83,7 @@ class Page:
             "state_session_capacity": 300,
             "app_kwargs": {"lifespan": forgetting(self._forget, self.keep_seconds)},
         }
-        if "auth" not in options:  # Gradio's own route for uploads asks who is logged in
+        if options.get("auth") is None:  # only Gradio's own route asks who is logged in
             settings["app_kwargs"]["routes"] = [receive_route(self.limits)]
         self.blocks.launch(**{**settings, **options})
 
@@ -97,7 +97,8 @@ class Page:
         with gr.Blocks(title="empathic", analytics_enabled=False, delete_cache=(300, 1800)) as blocks:
             gr.HTML(
                 f"<h1>Talk to it with your face and voice</h1><p>Model: {plain(self.chatbot.checkpoints[0].name)}. "
-                "Clips are deleted once they are read or you leave, and what was said soon after you left.</p>",
+                "Clips are deleted once they are read, or when you leave; what was said is forgotten "
+                f"{self.keep_seconds / 60:g} minutes later.</p>",
                 elem_id="head",
             )
             self.conversation = gr.State(Conversation())

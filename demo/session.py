@@ -5,7 +5,6 @@ A `Conversation` is a plain record and all that a page or a program keeps of it.
 memory of a `ChatSession`) is made from the record, and kept between turns only to save time.
 """
 
-import copy
 import json
 import threading
 import time
@@ -336,15 +335,14 @@ class Chatbot:
         yield turn
 
         own = self._session(visitor, 0, messages) if memory else self._new_session(0)
-        # Copies share the memory so far; what they hear is theirs alone.
         ways = [(first.name, own, clips)]
         names = self.comparisons
         if WITHOUT_MEDIA in compare and clips and text:
-            ways.append((names[WITHOUT_MEDIA], copy.copy(own), {}))
+            ways.append((names[WITHOUT_MEDIA], own.fork(), {}))
         if WITHOUT_MEMORY in compare:
             ways.append((names[WITHOUT_MEMORY], self._new_session(0), clips))
         if OTHER in compare and OTHER in names:
-            ways.append((names[OTHER], copy.copy(self._session(visitor, 1, messages)), clips))
+            ways.append((names[OTHER], self._session(visitor, 1, messages).fork(), clips))
         options = {"max_new_tokens": self.max_new_tokens, **(ANOTHER if another else {"do_sample": False})}
         before = turn
         for label, session, given in ways:

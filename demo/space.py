@@ -57,7 +57,7 @@ The model reads what you write, your voice and your face, names the emotion that
 was said before costs it one memory vector an utterance.
 
 Clips are read in a process of their own, bounded in size ({megabytes:g} MB) and length ({seconds:g} s), and deleted
-right after. Conversations are kept for the visit only, each visitor's apart from the others'.
+right after. Conversations are kept for the visit and half an hour, each visitor's apart from the others'.
 
 If a model of this Space is private, add a token that may read it as the secret `HF_TOKEN` in the Space's settings.
 

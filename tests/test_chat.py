@@ -501,6 +501,40 @@ def test_save_and_load_go_on_alike(model, processor, tmp_path, calls):
     assert ChatSession.load(str(tmp_path / "empty"), model, processor).reply("hello", **GREEDY)
 
 
+@pytest.mark.parametrize("limit", [None, 4])
+def test_a_fork_goes_its_own_way(model, processor, clip, limit):
+    session = ChatSession(model.eval(), processor, system="the old dog", max_memories=limit)
+    session.reply("hello there", **GREEDY)
+    session.reply("what did he say", video=clip, **GREEDY)
+    fork, before, kept = session.fork(), snapshot(session), session._memory
+    assert_unchanged(fork, before)
+    others = [each.data_ptr() for each in kept.vectors]
+    assert [each.data_ptr() for each in fork._memory.vectors] == others  # a fork costs no memory
+    said = [fork.reply("how are you", audio=clip, **GREEDY), fork.reply("i am fine thanks", **GREEDY)]
+    assert len(fork.messages) == 8 and fork.last_turn != session.last_turn
+    assert_unchanged(session, before)
+    assert session._memory is kept
+    # The original says the same where it hears the same: neither has the other's turns in its keys and values.
+    assert [session.reply("how are you", audio=clip, **GREEDY), session.reply("i am fine thanks", **GREEDY)] == said
+    assert torch.equal(session.vectors, fork.vectors)
+    after = snapshot(fork)
+    session.remember(*talk(2))
+    assert_unchanged(fork, after)
+
+
+def test_a_fork_in_the_middle_of_a_reply(session):
+    session.remember(*talk(1))
+    before = snapshot(session)
+    pieces = session.stream("hello there", **GREEDY)
+    next(pieces)
+    fork = session.fork()
+    reply = fork.reply("hello there", **GREEDY)  # the original is busy, the fork is not
+    for _ in pieces:
+        pass
+    assert session.messages[-1]["content"] == reply and before[0] == fork.messages[:2]
+    assert session.messages == fork.messages
+
+
 # --------------------------------------------------------------------------------------------------- in the terminal
 
 

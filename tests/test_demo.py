@@ -411,13 +411,16 @@ def test_a_space_runs_from_the_hub(base_folder, hub, tmp_path, capsys):
     assert "me/tiny" in capsys.readouterr().err and not hub.repositories.get(("space", space))
     assert main(["push-space", base_folder, space]) == 1
     assert "Push it with `empathic push`" in capsys.readouterr().err
-    push_model(base_folder, f"{USER}/tiny")
-    assert main(["push-space", f"{USER}/tiny", space, "--max_seconds", "7", "--max_new_tokens", "4"]) == 0
+    for name in ("tiny", "before"):
+        push_model(base_folder, f"{USER}/{name}")
+    options = ["--compare", f"{USER}/before", "--max_seconds", "7", "--max_new_tokens", "4"]
+    assert main(["push-space", f"{USER}/tiny", space, *options]) == 0
     assert f"{hub.url}/spaces/{space}" in capsys.readouterr().out
 
     files = hub.files(space, type="space")
     card = yaml.safe_load(files["README.md"].decode().split("---")[1])
-    assert card["sdk"] == "gradio" and card["app_file"] == "app.py" and card["models"] == [f"{USER}/tiny"]
+    assert card["sdk"] == "gradio" and card["app_file"] == "app.py"
+    assert card["models"] == [f"{USER}/tiny", f"{USER}/before"]
     needed = files["requirements.txt"].decode()
     assert re.search(r"^transformers[<>=]", needed, re.M) and "pytest" not in needed and "gradio" not in needed
     for name, content in files.items():
@@ -437,6 +440,10 @@ def test_a_space_runs_from_the_hub(base_folder, hub, tmp_path, capsys):
             printed += line
         assert printed.startswith(str(tmp_path / "space"))  # it needs no installed package
         client = Client(re.search(r"http://\S+", printed)[0], verbose=False)
+        parts = {part["props"].get("elem_id"): part["props"] for part in client.config["components"]}
+        assert "Model: tiny." in parts["head"]["value"]
+        names = ["tiny, without voice and face", "tiny, without memory", "before"]
+        assert [label for label, _ in parts["compare"]["choices"]] == names
         assert client.predict("hello there", None, None, None, api_name="/reply")["conversation"]["turns"]
         client.close()
     finally:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,9 @@ def test_a_visitor_talks_compares_and_takes_the_conversation_along(server, brows
         }).observe(document.getElementById("conversation"), { childList: true, subtree: true }) }"""
     )
     say(page, "hello there", 1)
-    assert page.evaluate("states.size") > 2
+    reply = page.inner_text("#past .answer p")
+    # A busy browser may show few of the states.
+    assert any(text and text != reply and reply.startswith(text) for text in page.evaluate("[...states]"))
     assert page.locator("#past .bars li").count() == 0  # this model tells nothing from words alone
     add_clip(page, clip)
     page.wait_for_selector("#clip video")
@@ -164,7 +167,8 @@ def test_two_visitors_and_their_mistakes(server, browser, clip, tmp_path, write_
     broken.write_bytes(Path(clip).read_bytes()[:3000])
     long = write_media(tmp_path / "long.wav", samples=tone(20, 8000), sampling_rate=8000, audio_codec="pcm_s16le")
     large = tmp_path / "large.mp4"
-    large.write_bytes(os.urandom(600_000))
+    with open(large, "wb") as file:
+        file.truncate(2 << 30)
     add_clip(one, broken)
     one.wait_for_selector("#clip video")
     one.fill("#text textarea", "hello")
@@ -172,7 +176,7 @@ def test_two_visitors_and_their_mistakes(server, browser, clip, tmp_path, write_
     one.wait_for_selector("#notice .error:has-text('cut short')")
     assert one.input_value("#text textarea") == "hello"
     add_clip(one, large)
-    one.wait_for_selector("text=/maximum allowed size/")
+    one.wait_for_selector(r"text=/exceed the maximum allowed size of 488\.3 Kb: .large\.mp4/")
     one.click("#voice button[aria-label*=pload]")
     one.set_input_files("#voice input[type=file]", long)
     one.wait_for_selector("#voice .component-wrapper, #voice audio, #voice [data-testid*=waveform]", state="attached")
@@ -180,9 +184,7 @@ def test_two_visitors_and_their_mistakes(server, browser, clip, tmp_path, write_
     one.wait_for_selector("#notice .error:has-text('20 s long; 5 s')")
     say(one, "how are you", 2)
     assert one.locator("#notice .error").count() == 0 and said(two) == ["the old dog"]
-    # Of a file that was refused while it came, Gradio may leave the beginning (tmp...); all others are gone.
-    left = [path for path in uploads.rglob("*") if path.is_file() and not path.name.startswith("tmp")]
-    assert left == []
+    assert [path for path in uploads.rglob("*") if path.is_file()] == []
     for page in (one, two):
         page.context.close()
 
@@ -225,14 +227,47 @@ def test_voice_from_a_microphone(server, browser):
     page.click("#media > button")
     page.click("#voice button:has-text('Record')")
     page.wait_for_timeout(1500)
-    with page.expect_response(lambda response: "/upload" in response.url):
+    with page.expect_response(lambda response: "/run/predict" in response.url):  # the page has taken up what was sent
         page.click("#voice button:has-text('Stop')")
     page.wait_for_selector("#voice .component-wrapper, #voice audio, #voice [data-testid*=waveform]", state="attached")
-    page.wait_for_timeout(1500)  # the page takes up what was sent
     say(page, "hello there", 1)
     assert said(page) == ["hello there\n\nwith voice"] and page.locator("#past .bars li").count() == 7
     assert problems == []
     page.context.close()
+
+
+def test_a_recording_of_the_webcam(server, browser):
+    page, problems = open_page(browser, server[0])
+    page.click("#media > button")
+    page.click("#clip button[aria-label='Capture from camera']")
+    page.click("#clip button:has-text('Webcam')")
+    page.wait_for_selector("#clip video")
+    page.wait_for_timeout(1500)  # the camera comes on
+    page.click("#clip button:has-text('Record')")
+    page.wait_for_timeout(3000)  # a busy browser's recording of a second may hold no picture
+    with page.expect_response(lambda response: "/run/predict" in response.url):  # the page has taken up what was sent
+        page.click("#clip button:has-text('Stop')")
+    page.wait_for_selector("#clip video")
+    say(page, "hello there", 1)
+    assert said(page) == ["hello there\n\nwith voice and face"] and page.locator("#past .bars li").count() == 7
+    assert page.locator("#past .answer p").inner_text() and problems == []
+    page.context.close()
+
+
+def test_a_clip_goes_with_its_visitor(server, browser, clip):
+    url, uploads = server
+    page, _ = open_page(browser, url)
+    before = set(uploads.rglob("*"))  # the clip of an example may be there
+    with page.expect_response(lambda response: "/run/predict" in response.url):  # whose clip it is
+        add_clip(page, clip)
+    page.wait_for_selector("#clip video")
+    assert [path.name for path in set(uploads.rglob("*")) - before if path.is_file()] == ["clip.mp4"]
+    page.context.close()
+    for _ in range(300):
+        if set(uploads.rglob("*")) == before:
+            break
+        time.sleep(0.1)
+    assert set(uploads.rglob("*")) == before
 
 
 @pytest.mark.parametrize("width, scheme", [(1280, "light"), (360, "dark")])
