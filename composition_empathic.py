@@ -1,6 +1,7 @@
 """How a model is put together: from four pretrained parts, or from the folder of a training stage and its base."""
 
 import json
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers import initialization as init
 from transformers.utils import cached_file, is_peft_available
 
-from .configuration_empathic import MEM_TOKEN, EmpathicConfig, find_placeholder_tokens
+from .configuration_empathic import HUB_KEYS, MEM_TOKEN, EmpathicConfig, find_placeholder_tokens
 from .memory_empathic import use_exact_layers
 
 # What a training stage leaves: `STAGE_FILE` names the stage, its base and the tensors in `PARTS_FILE`; a PEFT adapter
@@ -30,9 +31,7 @@ PRETRAINED_PREFIXES = (
     "model.memory.mamba.",
 )
 
-
-# Arguments of `from_pretrained` that say how to fetch files; the second group says it of one repository only.
-HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+# Arguments of `from_pretrained` that, beside `HUB_KEYS`, say how to fetch files of one repository only.
 REPOSITORY_KEYS = ("revision", "subfolder")
 
 
@@ -87,6 +86,12 @@ def load_parts(model, path: str, names: list[str], **hub) -> None:
         )
     tensors, state = load_file(file), dict(model.named_parameters())
     check_tensors(file, tensors, {name: state[name].shape if name in state else None for name in names})
+    offloaded = [name for name in names if state[name].is_meta]
+    if offloaded and hasattr(model, "hf_device_map"):
+        raise ValueError(
+            f"{path}: `device_map` has offloaded {offloaded[0]}, which then cannot take its trained value. Load a "
+            "whole model that `empathic merge` made of this folder, or load without offloading."
+        )
     with torch.no_grad():
         for name, tensor in tensors.items():
             state[name].copy_(tensor)
@@ -119,6 +124,27 @@ def load_adapter(model, path: str, load, **hub) -> None:
         raise error
 
 
+def check_head(language_model, text: str) -> None:
+    """
+    Raises `ValueError` if a causal LM's scores are more than its head's matrix times its last hidden states: what it
+    adds, such as a bias, a scale or a cap, would be lost in a model of which it is a part.
+    """
+    head, seen = language_model.get_output_embeddings(), []
+    hook = language_model.base_model.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    ids = torch.arange(8, device=language_model.device)[None]
+    try:
+        with torch.no_grad():
+            scores = language_model(input_ids=ids).logits
+            plain = head(seen[0])
+    finally:
+        hook.remove()
+    if head.bias is not None or not torch.allclose(scores.float(), plain.float(), rtol=1e-4, atol=1e-5):
+        raise ValueError(
+            f"{text}: {type(language_model).__name__} adds a bias to its head's scores, scales or caps them, which "
+            "this model would lose. Take a language model whose head is a matrix alone, as Qwen2.5's or Llama's."
+        )
+
+
 class CompositionMixin:
     """`from_parts_pretrained`, and a `from_pretrained` that also loads the output folder of a training stage."""
 
@@ -127,12 +153,16 @@ class CompositionMixin:
         """
         As in transformers; a folder or repository of a training stage loads its base first, then the tensors and the
         adapter that the stage trained.
+
+        Raises:
+            ValueError: for a checkpoint that lacks tensors of the model or holds others, of which transformers only
+                warns; for a stage of another base; for options that its base of four parts cannot be loaded with.
         """
         path = str(pretrained_model_name_or_path)
         hub = {key: kwargs[key] for key in HUB_KEYS + REPOSITORY_KEYS if kwargs.get(key) is not None}
         stage = read_stage(path, **hub)
         if stage is None:
-            return super().from_pretrained(path, *args, **kwargs)
+            return cls._whole(path, *args, **kwargs)
         # The auto classes name an adapter apart from the path: this folder's own, or one that was trained on it.
         adapter_kwargs = dict(kwargs.pop("adapter_kwargs", None) or {})
         other_adapter = adapter_kwargs.pop("_adapter_model_path", None)
@@ -147,7 +177,16 @@ class CompositionMixin:
         info = None
         if isinstance(stage["base"], dict):
             base = {key: resolve_base(path, v) if isinstance(v, str) else v for key, v in stage["base"].items()}
-            options = {k: kwargs[k] for k in ("dtype", "attn_implementation") if k in kwargs}
+            asked = {key: value for key, value in kwargs.items() if value is not None and not key.startswith("_")}
+            options = {
+                k: asked.pop(k) for k in ("dtype", "torch_dtype", "attn_implementation", *HUB_KEYS) if k in asked
+            }
+            other = sorted(asked.keys() - {"output_loading_info", "trust_remote_code", "code_revision"})
+            if other:
+                raise ValueError(
+                    f"{path} starts from four pretrained parts, which are not loaded with {', '.join(other)}. Load a "
+                    "whole model that `empathic merge` made of it, or load it plainly and move it with `.to()`."
+                )
             model = cls.from_parts_pretrained(**{**base, **options})
             if kwargs.get("output_loading_info"):  # each part raises if it lacks a tensor
                 info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
@@ -168,6 +207,21 @@ class CompositionMixin:
             load = partial(model.load_adapter, other_adapter, adapter_kwargs=adapter_kwargs)
             load_adapter(model, other_adapter, load, **adapter_kwargs)
         return model if info is None else (model, info)
+
+    @classmethod
+    def _whole(cls, path: str, *args, output_loading_info: bool = False, **kwargs):
+        """A whole checkpoint. Who asks for the loading info looks at what it lacks; everyone else gets an error."""
+        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        if output_loading_info:
+            return model, info
+        problems = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"]}
+        if any(problems.values()):
+            found = "; ".join(f"{kind}: {', '.join(sorted(keys))}" for kind, keys in problems.items() if keys)
+            raise ValueError(
+                f"{path} does not hold the tensors of this model ({found}). Download or save it again; to load it as "
+                "it is, new tensors for those that are missing, pass output_loading_info=True."
+            )
+        return model
 
     @classmethod
     def from_parts_pretrained(
@@ -193,24 +247,35 @@ class CompositionMixin:
             dtype: of all weights.
             attn_implementation: of the parts that support it.
             video_token, audio_token, memory_token: placeholders, see `EmpathicProcessor`.
-            kwargs: further arguments of [`EmpathicConfig`], such as `num_query_tokens`.
+            kwargs: further arguments of [`EmpathicConfig`], such as `num_query_tokens`; how to fetch files from the
+                Hub (`HUB_KEYS`), such as `token`, which is not kept.
+
+        Raises:
+            TypeError: for any other argument.
+            ValueError: for a language model whose head is more than a matrix.
         """
-        options = {"dtype": dtype}
+        hub = {key: kwargs.pop(key) for key in HUB_KEYS if key in kwargs}
+        dtype = kwargs.pop("torch_dtype", dtype)  # its name in older code
+        unknown = sorted(kwargs.keys() - {field.name for field in fields(EmpathicConfig)})
+        if unknown:
+            raise TypeError(f"from_parts_pretrained() has no argument {', '.join(unknown)}.")
+        options = {"dtype": dtype, **hub}
         if attn_implementation is not None:
             options["attn_implementation"] = attn_implementation
         language_model = AutoModelForCausalLM.from_pretrained(text, **options)
+        check_head(language_model, text)
         options["dtype"] = language_model.dtype  # the same for all, also where `dtype` is "auto"
-        if AutoConfig.from_pretrained(vision).model_type == "clip":  # a whole CLIP, with its text tower
+        if AutoConfig.from_pretrained(vision, **hub).model_type == "clip":  # a whole CLIP, with its text tower
             vision_tower = CLIPModel.from_pretrained(vision, **options).vision_model
         else:
             vision_tower = CLIPVisionModel.from_pretrained(vision, **options)
         audio_tower = AutoModel.from_pretrained(audio, **options).get_encoder()
-        mamba = AutoModel.from_pretrained(memory, dtype=language_model.dtype)
+        mamba = AutoModel.from_pretrained(memory, dtype=language_model.dtype, **hub)
         for part in (language_model, vision_tower, audio_tower, mamba):
             if Path(part.config.name_or_path).is_dir():  # a folder of this machine means nothing in a checkpoint
                 part.config.name_or_path = ""
 
-        tokenizer, memory_tokenizer = AutoTokenizer.from_pretrained(text), AutoTokenizer.from_pretrained(memory)
+        tokenizer, memory_tokenizer = (AutoTokenizer.from_pretrained(name, **hub) for name in (text, memory))
         tokens = find_placeholder_tokens(tokenizer, video=video_token, audio=audio_token, memory=memory_token)
         ids = {f"{k}_token_id": tokenizer.convert_tokens_to_ids(token) for k, token in tokens.items()}
         if MEM_TOKEN not in memory_tokenizer.get_vocab():

@@ -9,6 +9,9 @@ EMOTIONS = ("angry", "disgust", "fearful", "happy", "neutral", "sad", "surprise"
 # Closes every utterance in the memory encoder's vocabulary (Sec. 3.2).
 MEM_TOKEN = "<MEM>"
 
+# Arguments of `from_pretrained` that say how to fetch files from the Hub.
+HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+
 # Where the auto classes find the code that travels with a checkpoint.
 AUTO_MAP = {
     "AutoConfig": "configuration_empathic.EmpathicConfig",

@@ -209,7 +209,7 @@ class EmpathicModel(EmpathicPreTrainedModel):
 
     def new_memory_state(self, batch_size: int = 1) -> MemoryState:
         """An empty memory of `batch_size` conversations, for `append_to_memory`."""
-        return self.memory.new_state(batch_size)
+        return self.memory.new_state(batch_size, device=self.device)  # its weights may be offloaded
 
     def append_to_memory(
         self,
@@ -536,13 +536,24 @@ class EmpathicForConditionalGeneration(CompositionMixin, EmpathicPreTrainedModel
             memory_hidden_states=outputs.memory_hidden_states,
         )
 
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, use_cache=True, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, inputs_embeds=None, is_first_iteration=False, use_cache=True, **kwargs
+    ):
         inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
+            input_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            use_cache=use_cache,
+            **kwargs,
         )
-        if use_cache and not is_first_iteration:
-            for key in MEDIA_KEYS:
+        # An assistant's first step is not called the first iteration.
+        filled = past_key_values is not None and past_key_values.get_seq_length() > 0
+        for key in MEDIA_KEYS:
+            if use_cache and filled and not is_first_iteration:
                 inputs.pop(key, None)
+            elif kwargs.get(key) is not None:
+                inputs[key] = kwargs[key]
         return inputs
 
 

@@ -18,9 +18,12 @@ from transformers import (
     AutoTokenizer,
     CLIPModel,
     CLIPVisionModel,
+    Gemma2Config,
+    GraniteConfig,
     Mamba2Config,
     Mamba2ForCausalLM,
     MambaForCausalLM,
+    PhiConfig,
     WhisperForConditionalGeneration,
 )
 
@@ -30,6 +33,7 @@ from empathic.processing_empathic import EmpathicProcessor
 from empathic.trainers.checkpoint import StageRecord, load_model, merge, new_tensors
 
 QFORMER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+LLM = {**QFORMER, "num_key_value_heads": 2, "initializer_range": 0.2}
 SIZES = dict(num_query_tokens=4, num_frames=2, video_qformer_config=QFORMER, audio_qformer_config=QFORMER)
 
 
@@ -291,6 +295,49 @@ def test_a_relative_path_works_from_anywhere(house, inputs, monkeypatch):
     )
     monkeypatch.chdir(folder)
     assert same(logits_of(load_model("one"), inputs), logits_of(trained, inputs))
+
+
+def test_a_stage_on_four_parts_takes_what_they_can_be_loaded_with(parts, tmp_path):
+    base = {**parts, **SIZES}
+    folder = tmp_path / "stage"
+    write_parts_stage(compose(parts), base, folder, ["model.video_query_tokens"])
+    load = EmpathicForConditionalGeneration.from_pretrained
+    assert load(folder, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="four pretrained parts, which are not loaded with device_map, nonsense"):
+        load(folder, device_map="auto", nonsense=1)
+
+
+def test_a_stage_whose_trained_tensors_were_offloaded_is_refused(house, tmp_path):
+    folder, model = house
+    places = {name: "cpu" for name, _ in model.model.named_children()} | {"memory": "disk"}
+    places = {f"model.{name}": place for name, place in places.items()} | {"lm_head": "cpu"}
+    places |= {f"model.{kind}_query_tokens": "cpu" for kind in ("video", "audio")}
+    with pytest.raises(ValueError, match=r"has offloaded model.memory.mem_embedding.*empathic merge"):
+        EmpathicForConditionalGeneration.from_pretrained(
+            folder / "one", device_map=places, offload_folder=tmp_path / "offload"
+        )
+
+
+def test_how_files_are_fetched_is_not_kept(parts):
+    model = compose(parts, token="hf_secret", local_files_only=True)
+    assert "hf_secret" not in model.config.to_json_string() and "local_files_only" not in model.config.to_dict()
+    processor = EmpathicProcessor.from_parts_pretrained(**parts, token="hf_secret")
+    assert "hf_secret" not in processor.to_json_string()
+    with pytest.raises(TypeError, match="no argument device_map, num_querry_tokens"):
+        compose(parts, num_querry_tokens=4, device_map="auto")
+
+
+@pytest.mark.parametrize(
+    "config", [GraniteConfig(logits_scaling=8.0, **LLM), Gemma2Config(head_dim=8, **LLM), PhiConfig(**LLM)]
+)
+def test_a_language_model_whose_head_is_more_than_a_matrix_is_refused(parts, config, tmp_path):
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(parts["text"])
+    config.vocab_size = len(tokenizer)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="adds a bias to its head's scores, scales or caps them"):
+        compose({**parts, "text": str(tmp_path)})
 
 
 def test_options_reach_the_base(house):

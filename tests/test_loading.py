@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForMultimodalLM, Mamba2Config
 
+from empathic.chat import ChatSession
 from empathic.memory_empathic import Projector
 from empathic.modeling_empathic import EmpathicForConditionalGeneration, EmpathicModel
 
@@ -91,6 +92,20 @@ def test_a_checkpoint_that_lacks_or_adds_a_tensor_says_so(base_folder, model, tm
     _, info = EmpathicForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert set(info["missing_keys"]) == {"model.video_query_tokens"}
     assert set(info["unexpected_keys"]) == {"model.video_projector.extra"}
+    with pytest.raises(ValueError, match=r"missing: model.video_query_tokens; unexpected: model.video_projector.extra"):
+        EmpathicForConditionalGeneration.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"missing: model.video_query_tokens; unexpected"):
+        AutoModelForMultimodalLM.from_pretrained(tmp_path)
+
+
+def test_a_session_with_an_offloaded_memory(base_folder, model, processor, tmp_path):
+    places = {f"model.{name}": "cpu" for name, _ in model.model.named_children()} | {"lm_head": "cpu"}
+    places |= {f"model.{kind}_query_tokens": "cpu" for kind in ("video", "audio")} | {"model.memory": "disk"}
+    loaded = EmpathicForConditionalGeneration.from_pretrained(base_folder, device_map=places, offload_folder=tmp_path)
+    sessions = [ChatSession(each, processor) for each in (model, loaded)]
+    for text in ("hello there", "how are you"):
+        first, second = (session.reply(text, max_new_tokens=4) for session in sessions)
+        assert first == second
 
 
 @pytest.mark.parametrize("trust", [True, False, None])
@@ -198,13 +213,13 @@ def test_random_models_leave_no_garbage(tiny_config):
 
 
 def test_missing_tensors_are_initialised_on_load(tiny_config, tmp_path):
-    """Stage folders hold the parts only; whatever a checkpoint lacks starts as in a new model."""
+    """For who asks for the loading info, whatever a checkpoint lacks starts as in a new model."""
     config = tiny_config(num_query_tokens=64)
     model = EmpathicForConditionalGeneration(config)
     new = ("query_tokens", "projector", "mem_embedding")
     state = {k: v for k, v in model.state_dict().items() if not any(part in k for part in new)}
     model.save_pretrained(tmp_path, state_dict=state)
-    loaded = EmpathicForConditionalGeneration.from_pretrained(tmp_path).model
+    loaded = EmpathicForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)[0].model
     assert loaded.video_query_tokens.std().item() == pytest.approx(0.02, rel=0.1)
     assert loaded.memory.mem_embedding.std().item() == pytest.approx(config.memory_config.initializer_range, rel=0.4)
     for projector in (loaded.video_projector, loaded.audio_projector, loaded.memory.projector):

@@ -362,6 +362,16 @@ def test_parts_that_are_frozen_stay_in_evaluation_mode(model, full):
 # --------------------------------------------------------------------------------------------------------- generation
 
 
+def test_generate_from_embeddings_and_with_an_assistant(model, full):
+    options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    inputs = dict(full)
+    expected = model.generate(**inputs, **options)
+    assert torch.equal(model.generate(**inputs, **options, assistant_model=copy.deepcopy(model)), expected)
+    ids = inputs.pop("input_ids")
+    embeddings = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=embeddings, **inputs, **options), expected[:, ids.shape[1] :])
+
+
 def test_generate_is_the_same_with_a_cache_without_and_by_hand(model, batch):
     inputs = dict(batch)
     options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)

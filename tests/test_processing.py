@@ -154,8 +154,18 @@ def test_a_processor_that_came_without_its_other_templates(processor, monkeypatc
     prompt = processor.apply_chat_template(messages)
     monkeypatch.setattr(processor, "chat_template", processor.chat_template["default"])
     assert processor.apply_chat_template(messages) == prompt
-    with pytest.raises(ValueError, match="no chat template of the task 'emotion', only default.*download the whole"):
+    with pytest.raises(ValueError, match=r"no chat template of the task 'emotion', only default.*download the whole"):
         processor.apply_chat_template(messages, task="emotion")
+
+
+def test_half_an_emoji_is_a_replacement_character(processor):
+    cut, whole = "good \ud83d dog", "good \ufffd dog"
+    for history in ("memory", "text"):
+        found, wanted = (
+            processor.prepare([user(text), user(text)], history=history)["input_ids"] for text in (cut, whole)
+        )
+        assert found == wanted
+    assert processor.encode_utterance("ann", cut) == processor.encode_utterance("ann", whole)
 
 
 def test_tokens_are_those_of_the_rendered_prompt(processor):
