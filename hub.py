@@ -6,7 +6,7 @@ call again goes on with the files that are not there yet.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from importlib import import_module
@@ -231,7 +231,7 @@ def push_files(
     token: str | None,
     revision: str | None,
     commit_message: str,
-    needs: str | None = None,
+    needs: Sequence[str] = (),
 ) -> str:
     """
     Makes the repository if it is not there, and puts files into it in one commit.
@@ -241,7 +241,7 @@ def push_files(
         stale: what is removed in the same commit, where `files` does not bring it.
         repo_id, private, token, revision, commit_message: see `push_dataset`.
         repo_type: `dataset`, `model` or `space` (one that gradio runs).
-        needs: id of a model that must be on the Hub before.
+        needs: ids of models that must be on the Hub before.
 
     Returns:
         The address of the repository.
@@ -256,8 +256,8 @@ def push_files(
             f"made at {api.endpoint}/settings/tokens"
         )
     with _explained(api, repo_id):
-        if needs is not None:
-            api.model_info(needs)
+        for name in needs:
+            api.model_info(name)
         sdk = "gradio" if repo_type == "space" else None
         url = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=sdk)
         repo_id = url.repo_id

@@ -117,7 +117,7 @@ def push_model(
         token=token,
         revision=revision,
         commit_message=commit_message or f"Push {kind}",
-        needs=base,
+        needs=() if base is None else (base,),
     )
 
 

@@ -53,7 +53,7 @@ def push_space(
         token=token,
         revision=revision,
         commit_message=commit_message or f"Push the page of {model}",
-        needs=model,
+        needs=[name for name in (model, compare) if name is not None],
     )
 
 

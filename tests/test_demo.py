@@ -411,8 +411,10 @@ def test_a_space_runs_from_the_hub(base_folder, hub, tmp_path, capsys):
     assert "me/tiny" in capsys.readouterr().err and not hub.repositories.get(("space", space))
     assert main(["push-space", base_folder, space]) == 1
     assert "Push it with `empathic push`" in capsys.readouterr().err
-    for name in ("tiny", "before"):
-        push_model(base_folder, f"{USER}/{name}")
+    push_model(base_folder, f"{USER}/tiny")
+    assert main(["push-space", f"{USER}/tiny", space, "--compare", f"{USER}/before"]) == 1
+    assert "me/before" in capsys.readouterr().err and not hub.repositories.get(("space", space))
+    push_model(base_folder, f"{USER}/before")
     options = ["--compare", f"{USER}/before", "--max_seconds", "7", "--max_new_tokens", "4"]
     assert main(["push-space", f"{USER}/tiny", space, *options]) == 0
     assert f"{hub.url}/spaces/{space}" in capsys.readouterr().out

@@ -67,8 +67,9 @@ class HubPushing:
         self._pusher = ThreadPoolExecutor(1, thread_name_prefix="push")  # one after the other
         options = self._push_options()
         message = options.pop("commit_message", "Training starts")
-        base = options.pop("base")
-        needs = base or (self.stage_record.base if isinstance(self.stage_record.base, str) else None)
+        own = self.stage_record.base
+        base = options.pop("base") or (own if isinstance(own, str) else None)
+        needs = () if base is None else (base,)
         push_files({}, {}, self.hub_model_id, repo_type="model", commit_message=message, needs=needs, **options)
         if "/" not in self.hub_model_id:
             self.hub_model_id = f"{HfApi(token=self.args.hub_token).whoami()['name']}/{self.hub_model_id}"
