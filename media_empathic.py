@@ -37,6 +37,9 @@ GIVE_MEDIA = "Give the path of an audio or video file."
 # The largest distance between a packet's place in the file and in time: B-frames move by a few places, a broken clock
 # by hundreds.
 MAX_REORDERING = 64
+# A playlist names further files and addresses, and FFmpeg would open them: a file is only ever read by itself.
+NOTHING_ELSE = {"protocol_whitelist": "none"}
+LARGEST_RATE = 2**31 - 1  # hertz, an int of FFmpeg's
 
 
 class MediaError(ValueError):
@@ -45,7 +48,7 @@ class MediaError(ValueError):
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What a clip holds, as its header says. `duration` is in seconds; a number is None where the header is silent."""
+    """What a clip holds that can be decoded, as its header says. `duration` is in seconds; a number may be None."""
 
     format: str
     duration: float | None
@@ -138,7 +141,7 @@ def _open(source: Source, name: str) -> Iterator[Any]:
         _check_bytes(stream, name)
         try:
             # Tags in another encoding than UTF-8 are common in old files and must not stop the decoding.
-            with av.open(stream, metadata_errors="replace") as container:
+            with av.open(stream, metadata_errors="replace", options=NOTHING_ELSE) as container:
                 if container.format.name in TEXT_DEMUXERS:
                     raise MediaError(f"{name}: is not a media file. {GIVE_MEDIA}")
                 yield container
@@ -149,14 +152,27 @@ def _open(source: Source, name: str) -> Iterator[Any]:
             ) from None
 
 
+def _pictures(container) -> list:
+    """The moving pictures; the cover of a song is none."""
+    return [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+
+
 def _video_stream(container) -> Any | None:
-    """The first moving picture; the cover of a song is none."""
-    pictures = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-    return pictures[0] if pictures else None
+    """The first moving picture that there is a decoder for."""
+    return next((s for s in _pictures(container) if s.codec_context is not None), None)
 
 
 def _audio_stream(container) -> Any | None:
-    return container.streams.audio[0] if container.streams.audio else None
+    """The first sound that there is a decoder for."""
+    return next((s for s in container.streams.audio if s.codec_context is not None), None)
+
+
+def _check_codecs(container, name: str) -> None:
+    """MediaError if there are streams of a kind, but a decoder for none of them."""
+    for streams, what in ((_pictures(container), "picture"), (container.streams.audio, "sound")):
+        if streams and all(s.codec_context is None for s in streams):
+            mend = "Convert it, for example to mp4 (H.264, AAC) or wav."
+            raise MediaError(f"{name}: its {what} is in a format that this FFmpeg has no decoder for. {mend}")
 
 
 def probe(source: Source, decode: bool = False) -> MediaInfo:
@@ -189,6 +205,8 @@ def probe(source: Source, decode: bool = False) -> MediaInfo:
             channels=audio.codec_context.channels if audio else None,
         )
         waiting = {stream.index: stream for stream in (video, audio) if stream is not None}
+        if decode:
+            _check_codecs(container, name)
         if decode and waiting:
             for packet in container.demux(tuple(waiting.values())):
                 index = packet.stream.index
@@ -242,6 +260,7 @@ def _scan(source: Source, name: str) -> _Packets:
     with _open(source, name) as container:
         stream = _video_stream(container)
         if stream is None:
+            _check_codecs(container, name)
             what = container.format.name.split(",")[0]
             audio = _audio_stream(container)
             if audio is None:
@@ -428,6 +447,7 @@ def read_audio(source: Source, sampling_rate: int = 16000, max_seconds: float | 
     with _open(source, name) as container:
         stream = _audio_stream(container)
         if stream is None:
+            _check_codecs(container, name)
             what = container.format.name.split(",")[0]
             if _video_stream(container) is None:
                 raise MediaError(f"{name}: holds neither sound nor picture ({what}). {GIVE_MEDIA}")
@@ -453,6 +473,13 @@ def _item_source(item: dict, kind: str) -> tuple[Source, str]:
         return path, _name(path)
     present = sorted(key for key, value in item.items() if value is not None)
     raise MediaError(f'A {kind} item of a message needs "path", "bytes" or "{kind}" (decoded); this one has {present}.')
+
+
+def _array(value: Any) -> np.ndarray:
+    if hasattr(value, "detach"):  # a torch tensor: numpy takes none that needs gradients, is bfloat16 or on a GPU
+        value = value.detach().cpu()
+        value = value.float() if value.is_floating_point() else value
+    return np.asarray(value)
 
 
 def _named(error: MediaError, source: Source, name: str) -> MediaError:
@@ -501,9 +528,10 @@ def load_audio(item: dict, sampling_rate: int = 16000, max_seconds: float | None
     rate = item.get("sampling_rate")
     if rate is None:
         raise MediaError(f'{name} has no sampling rate. Add "sampling_rate" in hertz beside "audio".')
-    if isinstance(rate, bool) or not isinstance(rate, int | float | np.number) or not (rate >= 1 and rate == int(rate)):
-        raise MediaError(f"{name} has the sampling rate {rate!r}. Give a positive whole number of hertz.")
-    samples = np.asarray(item["audio"])
+    is_number = isinstance(rate, int | float | np.number) and not isinstance(rate, bool)
+    if not is_number or not (1 <= rate <= LARGEST_RATE and rate == int(rate)):
+        raise MediaError(f"{name} has the sampling rate {rate!r}. Give a whole number of hertz below 2**31.")
+    samples = _array(item["audio"])
     if samples.ndim not in (1, 2) or samples.size == 0 or (samples.ndim == 2 and samples.shape[0] > 64):
         raise MediaError(f"{name} has the shape {samples.shape}. Give (samples,) or (channels, samples).")
     if samples.dtype.kind == "i" and samples.dtype.itemsize <= 4:
@@ -512,7 +540,8 @@ def load_audio(item: dict, sampling_rate: int = 16000, max_seconds: float | None
         raise MediaError(f"{name} has the type {samples.dtype}. Give floats in [-1, 1].")
     samples = samples if samples.ndim == 1 else samples.mean(axis=0)
     samples = _check_samples(samples.astype(np.float32), name)
-    return _collect(_resample_decoded(samples, int(rate), int(sampling_rate)), limit)
+    # The resampler makes nothing of a few samples.
+    return _check_samples(_collect(_resample_decoded(samples, int(rate), int(sampling_rate)), limit), name)
 
 
 def _decoded_frame(frame: Any, place: int) -> np.ndarray:
@@ -551,7 +580,7 @@ def load_video(item: dict, num_frames: int = 8, generator: np.random.Generator |
         except MediaError as error:
             raise _named(error, source, name) from None
     if not isinstance(video, list | tuple):
-        video = np.asarray(video)
+        video = _array(video)
     if isinstance(video, np.ndarray) and video.ndim != 4:
         shape = video.shape
         raise MediaError(f"The decoded video of a message has the shape {shape}. Give (frames, height, width, 3).")

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .configuration_empathic import EMOTIONS, MEM_TOKEN, EmpathicConfig, find_placeholder_tokens
+from .configuration_empathic import EMOTIONS, HUB_KEYS, MEM_TOKEN, EmpathicConfig, find_placeholder_tokens
 from .media_empathic import load_audio, load_video
 
 TASKS = ("dialogue", "emotion", "memory", "counter")
@@ -25,6 +25,7 @@ ROLES = ("system", "user", "assistant")
 # A user's text is kept out of the template and of the tokenizer's control tokens: the template sees a marker made of
 # private-use characters, and the text is tokenized by itself.
 _MARKER = re.compile("\ue000(\\d+)\ue001")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half of an emoji that was cut through: no tokenizer takes it
 
 
 def default_chat_templates() -> dict[str, str]:
@@ -125,15 +126,16 @@ class EmpathicProcessor(ProcessorMixin):
 
         Args:
             text, vision, audio, memory (`str`): ids or folders of the LLM, CLIP, Whisper and Mamba.
-            kwargs: arguments of the constructor.
+            kwargs: arguments of the constructor, and how to fetch files from the Hub (`HUB_KEYS`), such as `token`.
         """
-        memory_tokenizer = AutoTokenizer.from_pretrained(memory)
+        hub = {key: kwargs.pop(key) for key in HUB_KEYS if key in kwargs}
+        memory_tokenizer = AutoTokenizer.from_pretrained(memory, **hub)
         if MEM_TOKEN not in memory_tokenizer.get_vocab():
             memory_tokenizer.add_special_tokens({"additional_special_tokens": [MEM_TOKEN]})
         return cls(
-            image_processor=AutoImageProcessor.from_pretrained(vision, backend="pil"),
-            feature_extractor=AutoFeatureExtractor.from_pretrained(audio),
-            tokenizer=AutoTokenizer.from_pretrained(text),
+            image_processor=AutoImageProcessor.from_pretrained(vision, backend="pil", **hub),
+            feature_extractor=AutoFeatureExtractor.from_pretrained(audio, **hub),
+            tokenizer=AutoTokenizer.from_pretrained(text, **hub),
             memory_tokenizer=memory_tokenizer,
             **kwargs,
         )
@@ -159,6 +161,7 @@ class EmpathicProcessor(ProcessorMixin):
             tokenizer: `self.tokenizer` (default) or `self.memory_tokenizer`.
         """
         tokenizer = self.tokenizer if tokenizer is None else tokenizer
+        text = _SURROGATE.sub("\ufffd", text)
         pattern = self._memory_control if tokenizer is self.memory_tokenizer else self._control
         ids, start = [], 0
         while (match := pattern.search(text, start)) is not None:
@@ -303,7 +306,9 @@ class EmpathicProcessor(ProcessorMixin):
 
     def pixels(self, frames: np.ndarray) -> torch.Tensor:
         """CLIP's pixel values (frames, 3, height, width) of decoded frames (frames, height, width, 3)."""
-        return self.image_processor(list(frames), return_tensors="pt")["pixel_values"]
+        # Said, not guessed: a frame may be 1 or 3 pixels high.
+        inputs = self.image_processor(list(frames), input_data_format="channels_last", return_tensors="pt")
+        return inputs["pixel_values"]
 
     def sound(self, item: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -313,7 +318,8 @@ class EmpathicProcessor(ProcessorMixin):
         extractor = self.feature_extractor
         samples = load_audio(item, extractor.sampling_rate, self.max_audio_seconds)
         windows = [samples[i : i + extractor.n_samples] for i in range(0, max(len(samples), 1), extractor.n_samples)]
-        mel = extractor(windows, sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_features"]
+        with torch.autocast("cpu", enabled=False):  # the filters would meet a spectrum of bfloat16
+            mel = extractor(windows, sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_features"]
         mask = torch.zeros(mel.shape[0] * mel.shape[2], dtype=torch.long)
         mask[: -(-len(samples) // extractor.hop_length)] = 1
         return mel.transpose(0, 1).flatten(1), mask

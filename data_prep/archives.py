@@ -29,7 +29,10 @@ from empathic.data_prep.corpus import LayoutError, Report
 from empathic.media_empathic import LFS_HEAD
 
 ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar", ".zip")
-DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError)
+DAMAGE = (
+    tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError,
+    IndexError, ValueError,  # of a damaged index, such as names that are not UTF-8
+)  # fmt: skip
 AGAIN = "Copy or download it again."
 # A member that cannot be a file here: its name is too long, or it is a folder at one place and a file at another.
 BAD_PLACES = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EINVAL)
@@ -121,7 +124,7 @@ def _tar_members(archive: Path) -> Iterator[_Member]:
 def _zip_members(archive: Path) -> Iterator[_Member]:
     with zipfile.ZipFile(archive) as packed:
         for member in packed.infolist():
-            if member.is_dir():
+            if member.filename.endswith("/"):  # not is_dir(), which fails on an empty name
                 continue
             # Windows programs may write backslashes.
             found = _Member(member.filename.replace("\\", "/"), _seconds(member.date_time))

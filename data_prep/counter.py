@@ -39,6 +39,7 @@ from empathic.data_prep.candidates import (
 )
 from empathic.data_prep.counter_options import add_options
 from empathic.data_prep.pairs import NEAR, THRESHOLD, PairWriter, drop_reasons, make_row, sample_name
+from empathic.data_prep.pipeline import STATE
 from empathic.data_prep.views import DialogueSamples
 from empathic.data_prep.writer import card_header, publish_parquet
 from empathic.evaluation.emotion_features import POOLINGS, EmotionFeatures
@@ -99,8 +100,10 @@ def counter_pairs(
         The content of report.json: `settings`, `pairs` and `splits`.
 
     Raises:
-        ValueError: for unknown emotions or pooling, or media that is neither a path nor bytes.
+        ValueError: for unknown emotions or pooling, media that is neither a path nor bytes, or an `out` that holds a
+            prepared corpus.
     """
+    check_out(out)
     emotions = list(dict.fromkeys(emotions))
     if not emotions or set(emotions) - set(EMOTIONS):
         raise ValueError(f"The emotions are {emotions}; take some of {', '.join(EMOTIONS)}.")
@@ -142,6 +145,14 @@ def counter_pairs(
         _write_json(out / WORK / "done.json", {"wanted": wanted, "files": files})
     state.wait_for_everyone()
     return json.loads((out / "report.json").read_text(encoding="utf-8"))
+
+
+def check_out(out: str | os.PathLike, data: str | os.PathLike | None = None) -> None:
+    """ValueError if the pairs would replace a prepared corpus: `data`, from which they are made, or another one."""
+    if data is not None and Path(out).resolve() == Path(data).resolve():
+        raise ValueError(f"{out}: is the data set itself, which the pairs would replace. Choose another folder.")
+    if (Path(out) / STATE).exists():
+        raise ValueError(f"{out}: holds a prepared data set, which the pairs would replace. Choose another folder.")
 
 
 def write_candidates(samples: Sequence[dict], generator, features, emotions: Sequence[str], seed: int) -> list[dict]:
@@ -367,6 +378,10 @@ left out, and why; `audit.html` shows how the similarities lie, with examples to
 
 def run(options: argparse.Namespace) -> int:
     """What `empathic counter` does; returns its exit status: 0 if there are pairs, else 1."""
+    try:
+        check_out(options.out, options.data)
+    except ValueError as error:
+        raise SystemExit(f"empathic counter: {error}") from None
     history = options.history or ("memory" if options.generator is None else "text")
     if options.generator is None and options.backend == "vllm":
         raise SystemExit("empathic counter: --backend vllm writes with a text model; name it by --generator.")

@@ -76,6 +76,9 @@ def _lines(path: Path, report: Report) -> Iterator[tuple[str, dict]]:
                 reason = f"the line is not JSON ({error.msg} at column {error.colno}). Write one object a line."
                 report.leave_out(where, reason)
                 continue
+            except ValueError:  # json's only other one
+                report.leave_out(where, "the line holds a number of too many digits.")
+                continue
             if not isinstance(row, dict):
                 report.leave_out(where, f"the line is a {type(row).__name__}, not an object with the keys of a turn.")
                 continue

@@ -267,6 +267,10 @@ def _parse_object(line: bytes) -> dict:
         raise SchemaError(f"the line is not UTF-8 ({error.reason} at byte {error.start}).") from None
     except json.JSONDecodeError as error:
         raise SchemaError(f"the line is not JSON ({error.msg} at column {error.colno}).") from None
+    except RecursionError:
+        raise SchemaError("the line is nested too deeply to be an utterance.") from None
+    except ValueError:  # json's only other one
+        raise SchemaError("the line holds a number of too many digits.") from None
     if not isinstance(row, dict):
         raise SchemaError(f"the line is a {type(row).__name__}, not an object with the keys of an utterance.")
     return row

@@ -455,10 +455,13 @@ def _read_cuts(media: Path, work: Path) -> dict[str, str]:
 
 
 def _tidy(out: Path, embed: bool) -> None:
-    """Removes what only a run needs."""
-    for name in (".work", "unpacked", "media") if embed else (".work",):
-        if (out / name).exists():
-            shutil.rmtree(out / name)
+    """Removes what only a run needs; folders of these names that no run has made stay."""
+    work, media, unpacked = out / ".work", out / "media", out / "unpacked"
+    own_media = (media / "cuts.json").is_file() or (work / "cuts.jsonl").is_file()
+    own_unpacked = any(unpacked.rglob(".*.unpacked")) or not any(unpacked.rglob("*"))
+    for folder, is_old in ((media, embed and own_media), (unpacked, embed and own_unpacked), (work, True)):
+        if is_old and folder.exists():
+            shutil.rmtree(folder)
 
 
 # The whole -----------------------------------------------------------------------------------------------------------
@@ -504,8 +507,8 @@ def prepare(
         about: of the corpus, for the card.
         dialogues: from an adapter; read once, held a shard at a time.
         report: filled by the adapter while `dialogues` is read; the clips' part is added.
-        embed: True copies the media into the parquet files and removes OUT/unpacked and OUT/media; else they hold
-            absolute paths, and clips that had to be cut lie in OUT/media.
+        embed: True copies the media into the parquet files and removes what runs have left in OUT/unpacked and
+            OUT/media; else they hold absolute paths, and clips that had to be cut lie in OUT/media.
         num_workers: threads that open and cut clips.
         progress: whether to show a progress bar.
         options: the choices that were made, for the report.

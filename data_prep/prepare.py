@@ -12,6 +12,7 @@ from empathic.data_prep.corpus import LayoutError, Options, Report
 from empathic.data_prep.pipeline import prepare, say_unchanged, unchanged
 from empathic.data_prep.schema import parse_emotion
 
+OWN_FOLDERS = ("data", "media", "unpacked", ".work")  # in OUT
 CORPORA = ("meld", "iemocap", "multidialog", "ravdess", "crema-d", "folder")
 
 
@@ -77,7 +78,7 @@ def prepare_corpus(
     Raises:
         FileNotFoundError: if `raw` or what it must hold is not there.
         LayoutError: if it is not laid out as the corpus is; if `out` is `raw` or lies where it would be read as part of
-            it.
+            it; if `raw` lies in a folder of `out` that this writes and removes.
         ValueError: if `name` is unknown, or `emotion_map` leads outside of the seven.
     """
     if name not in CORPORA:
@@ -88,6 +89,12 @@ def prepare_corpus(
     if raw.resolve() == out.resolve():
         what = "recordings" if name == "folder" else "corpus"
         raise LayoutError(f"{out}: is the folder of the {what}. Choose another folder for the output.")
+    for folder in OWN_FOLDERS:
+        if raw.resolve().is_relative_to((out / folder).resolve()):
+            raise LayoutError(
+                f"{raw}: lies in {out / folder}, whose files are written and removed here. Choose another folder for "
+                "the output, or move the recordings."
+            )
     if name != "folder" and out.resolve().is_relative_to(raw.resolve()):
         raise LayoutError(f"{out}: lies in the folder of the corpus, {raw}. Choose one outside of it for the output.")
     adapter = importlib.import_module(f"empathic.data_prep.{name.replace('-', '_')}")

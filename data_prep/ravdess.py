@@ -34,7 +34,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from empathic.data_prep.archives import unpack
+from empathic.data_prep.archives import DAMAGE, unpack
 from empathic.data_prep.corpus import Clip, CorpusInfo, Dialogue, LayoutError, Options, Report, Turn, divide
 from empathic.data_prep.schema import parse_emotion
 
@@ -157,7 +157,7 @@ def _all_files(raw: Path, report: Report, options: Options) -> list[tuple[Path, 
         try:
             with zipfile.ZipFile(path) as archive:
                 members = {os.path.basename(member) for member in archive.namelist()}
-        except (zipfile.BadZipFile, OSError) as error:
+        except (*DAMAGE, OSError) as error:
             report.ignore(name, f"cannot be read as a zip ({error}). Download it again.")
             continue
         matches = [match for match in map(CLIP_NAME.fullmatch, members) if match]

@@ -19,7 +19,7 @@ project decodes with PyAV.
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 from datasets import Features, Value
@@ -114,7 +114,7 @@ def parse_id(row: dict, key: str) -> str:
 def parse_turn(value: Any) -> int:
     """The number of a turn, from 0. SchemaError for anything but a whole number."""
     number = value
-    if isinstance(value, str) and value.strip().isdecimal():
+    if isinstance(value, str) and value.strip().isdecimal() and len(value) < 20:  # Python refuses thousands
         number = int(value)
     if isinstance(number, float) and number.is_integer():
         number = int(number)
@@ -135,6 +135,7 @@ def parse_seconds(row: dict, key: str) -> float | None:
     value = row.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+    # No isfinite(): a whole number may be too large for a float.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
         raise SchemaError(f'"{key}" is {value!r}. Give seconds as a number from 0, or leave it out.')
     return float(value)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from empathic.media_empathic import MediaError, probe, read_audio, read_video
+from empathic.media_empathic import MediaError, _open, probe, read_audio, read_video
 
 SAMPLING_RATE = 16000
 SHORTEST_SIDE = 512  # pixels of a kept frame, more than any encoder here looks at
@@ -133,10 +133,8 @@ def discard(path: str | None, folder: str) -> None:
 
 def _seconds(path: str) -> float:
     """How long a clip is by its packets: recordings of browsers have no length in the header, and headers may lie."""
-    import av
-
     first, last = {}, {}
-    with av.open(path) as container:
+    with _open(path, path) as container:
         for packet in container.demux():
             if packet.pts is None or packet.stream.type not in ("audio", "video"):
                 continue

@@ -210,3 +210,31 @@ def test_a_killed_run_leaves_no_half(tmp_path, monkeypatch):
     assert not (tmp_path / "into" / "c").exists()
     assert tree(unpack(path, tmp_path / "into", Report("x"))) == FILES and len(calls) == 5
     assert sorted(p.name for p in (tmp_path / "into").iterdir()) == [".c.unpacked", "c"]
+
+
+@pytest.mark.parametrize("kind", ["a name that is empty", "a name that is not UTF-8"])
+def test_a_zip_with_a_damaged_index(tmp_path, kind):
+    path = write_zip(tmp_path / "c.zip", {"a.wav": b"a", "b.wav": b"b"})
+    data = bytearray(path.read_bytes())
+    entry = data.index(b"PK\1\2")
+    if kind == "a name that is empty":
+        data[entry + 46] = 0  # zipfile ends names there
+    else:
+        data[entry + 46], data[entry + 9] = 0xFF, data[entry + 9] | 8  # and says that it is UTF-8
+    path.write_bytes(data)
+    report = Report("x")
+    found = tree(unpack(path, tmp_path / "into", report))
+    if kind == "a name that is empty":
+        assert found == {"b.wav": b"b"} and list(lines(report)) == ["c.zip: "]
+    else:
+        assert found == {} and "it is damaged or cut short ('utf-8' codec" in lines(report)["c.zip"]
+
+
+def test_an_index_with_any_byte_damaged_ends_nothing(tmp_path):
+    path = write_zip(tmp_path / "c.zip", {"a.wav": b"a", "ü.wav": b"b"})
+    whole = path.read_bytes()
+    for place in range(whole.index(b"PK\1\2"), len(whole)):
+        for value in (0, 0xFF):
+            path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+            unpack(path, tmp_path / "into", Report("x"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.zip", "into"]

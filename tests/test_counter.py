@@ -18,6 +18,7 @@ from empathic.data_prep import counter
 from empathic.data_prep.audit import BINS
 from empathic.data_prep.candidates import EmpathicGenerator, Reply
 from empathic.data_prep.counter import counter_pairs, identity_of, write_candidates
+from empathic.data_prep.folder import prepare_folder
 from empathic.data_prep.pairs import drop_reasons, normalised, overlap, select
 from empathic.data_prep.schema import row_features
 from empathic.data_prep.views import DialogueSamples, make_sample
@@ -302,6 +303,27 @@ def test_bad_settings_are_named(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             run([], None, None, tmp_path, **options)
+
+
+def test_pairs_never_take_the_place_of_a_corpus(tmp_path):
+    data = tmp_path / "data"
+    row = {"dialogue_id": "d", "turn": 0, "speaker": "a", "text": "hello there", "split": "train"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    prepare_folder(tmp_path, data, progress=False)
+    (tmp_path / "link").symlink_to(data)
+    (tmp_path / "plain").mkdir()
+    before = {path: path.read_bytes() for path in data.rglob("*") if path.is_file()}
+    for source, out, message in (
+        (data, data, "is the data set itself"),
+        (tmp_path / "link", data, "is the data set itself"),
+        (tmp_path / "plain", tmp_path / "plain", "is the data set itself"),
+        ("me/other", data, "holds a prepared data set"),
+    ):
+        with pytest.raises(SystemExit, match=f"^empathic counter: .*{message}.*Choose another folder"):
+            counter.main(["--model=none", f"--data={source}", f"--out={out}"])
+    with pytest.raises(ValueError, match="holds a prepared data set"):
+        run([sample_of("hello", "hi")], Scripted({}), Hashed(), data)
+    assert {path: path.read_bytes() for path in data.rglob("*") if path.is_file()} == before
 
 
 def test_a_checkpoint_is_known_by_its_files_and_those_of_its_base(tmp_path):

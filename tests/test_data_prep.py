@@ -328,6 +328,42 @@ def test_corpora_and_places_that_cannot_be(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("embed", [False, True])
+@pytest.mark.parametrize("place", ["media", "unpacked", ".work", "data", "media/mine"])
+def test_recordings_in_a_folder_that_a_run_removes_are_refused(tmp_path, clips, place, embed):
+    (clips / "metadata.jsonl").write_text(json.dumps(line(file_name="both.mp4")))
+    raw = tmp_path / "out" / place
+    raw.parent.mkdir(parents=True)
+    clips.rename(raw)
+    before = {path: path.read_bytes() for path in raw.iterdir()}
+    with pytest.raises(LayoutError, match=r"lies in .*Choose another folder for the output"):
+        prepare_folder(raw, tmp_path / "out", embed=embed, progress=False)
+    assert {path: path.read_bytes() for path in raw.iterdir()} == before and len(before) == 4
+
+
+def test_folders_that_no_run_has_made_stay(tmp_path, clips):
+    mine = [tmp_path / "out" / name / "holiday.mp4" for name in ("media", "unpacked")]
+    for path in mine:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"mine")
+    for _ in range(2):
+        assert prepare(tmp_path, [line(file_name="both.mp4")], embed=True)["rows"] == 1
+        assert [path.read_bytes() for path in mine] == [b"mine", b"mine"]
+
+
+def test_numbers_that_no_float_and_no_python_takes(tmp_path):
+    huge, endless = "1" + "0" * 400, "9" * 5000
+    rows = [json.dumps(line(start=0)).replace('"start": 0', f'"start": {huge}')]
+    rows += [json.dumps(line(turn=1, note=0)).replace('"note": 0', f'"note": {endless}')]
+    rows += [line(turn=endless), line(turn=1)]
+    report = prepare(tmp_path, rows)
+    assert report["rows"] == 2
+    assert '"start" is 1000' in reasons(report["repaired"])["metadata.jsonl:1"]
+    left_out = reasons(report["left_out"])
+    assert list(left_out) == ["metadata.jsonl:2", "metadata.jsonl:3"]
+    assert left_out["metadata.jsonl:2"] == "the line holds a number of too many digits."
+
+
 # Views ---------------------------------------------------------------------------------------------------------------
 
 

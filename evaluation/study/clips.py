@@ -1,12 +1,13 @@
 """Clips as every browser plays them."""
 
 import shutil
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
 import av
 
-from empathic.media_empathic import MediaError, probe
+from empathic.media_empathic import NOTHING_ELSE, MediaError, probe
 
 # What current browsers play as it is: formats, codecs of the picture, codecs of the sound.
 PLAYED = (("mp4", {"h264"}, {"aac", "mp3"}, ".mp4"), ("webm", {"vp8", "vp9"}, {"opus", "vorbis"}, ".webm"))
@@ -15,9 +16,16 @@ HEIGHT = 720  # pixels of a picture that is encoded again, at most
 RATE = 48000
 
 
+@contextmanager
+def _reading(path: Path):
+    """An open container of the file alone: what else it names, as playlists do, stays closed."""
+    with open(path, "rb") as file, av.open(file, metadata_errors="replace", options=NOTHING_ELSE) as container:
+        yield container
+
+
 def _suffix(path: Path) -> str | None:
     """The suffix under which a browser plays the file as it is, or None."""
-    with av.open(str(path), metadata_errors="replace") as container:
+    with _reading(path) as container:
         for name, pictures, sounds, suffix in PLAYED:
             if (
                 name in container.format.name.split(",")
@@ -93,13 +101,13 @@ def playable(video: Path | None, audio: Path | None, stem: Path) -> tuple[Path, 
 
 def _has_picture(path: Path) -> bool:
     """Whether the file holds a picture, a cover too."""
-    with av.open(str(path), metadata_errors="replace") as container:
+    with _reading(path) as container:
         return bool(container.streams.video)
 
 
 def _picture(path: Path, output, codec: str):
     """Adds the stream, then gives its packets."""
-    with av.open(str(path), metadata_errors="replace") as container:
+    with _reading(path) as container:
         source = container.streams.video[0]
         source.thread_type = "AUTO"
         rate = source.average_rate or Fraction(25)
@@ -129,7 +137,7 @@ def _picture(path: Path, output, codec: str):
 
 def _sound(path: Path, output, codec: str):
     """Adds the stream, then gives its packets."""
-    with av.open(str(path), metadata_errors="replace") as container:
+    with _reading(path) as container:
         stream = output.add_stream(codec, rate=RATE, layout="stereo")
         yield None
         context = stream.codec_context
