@@ -80,8 +80,10 @@ def prepare_readable(processor, messages: list[dict], **options) -> tuple[dict |
         options: of `EmpathicProcessor.prepare`.
 
     Returns:
-        what was prepared, None where nothing is left to answer; and what was left out and why, None if nothing was.
+        what was prepared, None where there is nothing to answer; and what was left out and why, None if nothing was.
     """
+    if messages[-1]["content"] in ("", [], [{"type": "text", "text": ""}]):
+        return None, "The last turn has nothing to hear, see or read, so there is no reply."
     try:
         return processor.prepare(messages, **options), None
     except MediaError:

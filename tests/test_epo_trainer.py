@@ -228,6 +228,7 @@ def test_bad_data_sets_are_refused(tmp_path):
         ({"max_length": 1}, "max_length must .* got 1"),
         ({"history": "audio"}, "history must .* got 'audio'"),
         ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0, got 0.1"),
     ],
 )
 def test_config_names_the_bad_value(settings, message):
@@ -432,6 +433,18 @@ def test_leaving_out_every_pair_is_an_error(tmp_path):
     trainer = EPOTrainer(tiny_model(), config(tmp_path, max_length=2), processing_class=word_tokenizer())
     with pytest.raises(ValueError, match="Every one of the 7 eval pairs was left out"):
         trainer.evaluate(ROWS)
+
+
+def test_an_adapter_is_not_begun_anew(tmp_path):
+    """transformers puts an adapter into the model itself, where PEFT would write over it."""
+    adapter = LoraConfig(r=2, target_modules=["q_proj"])
+    model = tiny_model()
+    model.add_adapter(adapter)
+    with pytest.raises(ValueError, match=r"has an adapter already.*load_model\(folder, trainable=True\)"):
+        train(tmp_path, model=model, peft_config=adapter)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"Nothing of the model trains.*load_model\(folder, trainable=True\)"):
+        train(tmp_path, model=model)
 
 
 def test_nan_names_the_rows(tmp_path):

@@ -72,7 +72,7 @@ def loss_and_gradients(model, loss):
 
 def of_the_model(model, batch):
     """The reference: padded rows, all logits (not the model's own loss, which rounds them to float32)."""
-    inputs = {k: v for k, v in batch.items() if k not in ("labels", "sample_ids", "left_out")}
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "sample_ids", "sample_places", "left_out")}
     return nn.functional.cross_entropy(model(**inputs).logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:])
 
 
@@ -182,6 +182,48 @@ def test_a_language_model_that_does_not_follow_the_layout_is_found_out(model, tr
     loss = runner.compute_loss(model, batches["emotion"])
     assert not runner._packs and "2 of 3 layers of GPT2Model attend row by row" in caplog.text
     assert loss.item() == pytest.approx(of_the_model(model, batches["emotion"]).item(), abs=1e-10)
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("left_out", [False, True])
+def test_the_loss_of_an_evaluation_is_the_mean_over_all_targets(model, processor, tmp_path, packs, left_out):
+    """However the samples are batched, and whether or not some are left out."""
+    targets = ("i am fine", "thanks", "hello there , how are you", "no", "what did he say about the old dog")
+    rows = [sample(number, "dialogue", "how are you", target) for number, target in enumerate(targets)]
+    nothing = [sample(number, "dialogue", "", "old dog") for number in (7, 8, 9)] if left_out else []
+    collator, found = StageCollator(processor), []
+    for size in (1, 2, 8):
+        args = StageConfig(
+            str(tmp_path), use_cpu=True, report_to="none", per_device_eval_batch_size=size, disable_tqdm=True
+        )
+        runner = StageTrainer(
+            model=model.double(),
+            args=args,
+            processing_class=processor,
+            data_collator=collator,
+            eval_dataset=[*nothing, *rows],
+        )
+        runner._packs = packs
+        found.append(runner.evaluate()["eval_loss"])
+    with torch.no_grad():
+        assert found == pytest.approx([of_the_model(model.eval(), collator(rows)).item()] * 3, abs=1e-10)
+
+
+def test_samples_that_fill_up_the_last_batch_count_once(trainer, processor, monkeypatch):
+    """The second of two processes has samples 2 and 3 of the last four, of which three are real and one is left out."""
+    runner = trainer()
+    rows = [sample(number, "dialogue", text, "fine") for number, text in ((0, ""), (1, "hello"), (2, "thanks"))]
+    batch = StageCollator(processor)(rows)
+    monkeypatch.setattr(type(runner.accelerator), "num_processes", 2)
+    monkeypatch.setattr(type(runner.accelerator), "process_index", 1)
+    state = runner.accelerator.gradient_state
+    monkeypatch.setattr(type(state), "end_of_dataloader", True)
+    for remainder, real in ((6, [True, True]), (5, [True, False]), (4, [False, False]), (0, [True, True])):
+        monkeypatch.setattr(type(state), "remainder", remainder)
+        labels = runner._without_repeats(batch)["labels"]
+        assert (labels != -100).any(1).tolist() == real
+    monkeypatch.setattr(type(state), "end_of_dataloader", False)
+    assert runner._without_repeats(batch) is batch
 
 
 def test_an_optimizer_step_is_averaged_over_all_its_targets(model, trainer, batches):

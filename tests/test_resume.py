@@ -17,6 +17,7 @@ from empathic.composition_empathic import ADAPTER_FILE, PARTS_FILE, STAGE_FILE
 from empathic.modeling_empathic import EmpathicForConditionalGeneration
 from empathic.trainers import train
 from empathic.trainers.checkpoint import UNFINISHED, load_model, merge
+from empathic.trainers.model_card import read_record
 from empathic.trainers.saving import COMPLETE_FILE, StageSaving, checkpoint_to_resume, last_checkpoint
 
 # What could make a resumed run differ: workers, accumulated batches, evaluations in between, new epochs, dropout.
@@ -236,6 +237,37 @@ def test_a_run_does_not_start_from_a_checkpoint_of_another_stage(unbroken, recor
     options = ["--max_steps", "1", "--resume_from_checkpoint", checkpoint]
     with pytest.raises(ValueError, match="is of the stage emotion, this run is of the stage memory_single"):
         train.main(arguments("memory_single", recordings, base_folder, tmp_path, *options))
+
+
+def test_a_checkpoint_of_another_base_is_refused(unbroken, recordings, base_folder, tmp_path):
+    other, checkpoint = str(tmp_path / "other"), str(unbroken("emotion") / "checkpoint-2")
+    shutil.copytree(base_folder, other)
+    options = ["--resume_from_checkpoint", checkpoint]
+    with pytest.raises(ValueError, match=r"the base was .*base0 and now is .*other \(what was trained fits"):
+        train.main(arguments("emotion", recordings, other, tmp_path / "out", *options))
+
+
+def test_other_settings_are_named_once(unbroken, recordings, base_folder, tmp_path, caplog):
+    checkpoint = unbroken("emotion") / "checkpoint-2"
+    options = ["--resume_from_checkpoint", str(checkpoint), "--learning_rate", "1e-4", "--weight_decay", "0.5"]
+    with caplog.at_level("WARNING"):
+        train.main(arguments("emotion", recordings, base_folder, tmp_path, *options))
+    found = [text for text in caplog.messages if "other settings" in text]
+    assert (
+        len(found) == 1 and "learning_rate was 0.01 and now is 0.0001; weight_decay was 0.0 and now is 0.5" in found[0]
+    )
+    rates = [log["learning_rate"] for log in history(tmp_path) if "learning_rate" in log]
+    assert rates == [log["learning_rate"] for log in history(unbroken("emotion")) if "learning_rate" in log]
+    assert read_record(tmp_path)["runs"][-1]["learning_rate"] == 0.01  # what it was trained with
+
+
+def test_a_finished_run_that_is_started_again_keeps_its_results(unbroken, recordings, base_folder, tmp_path):
+    folder = shutil.copytree(unbroken("emotion"), tmp_path / "again")
+    before = read_record(folder)["runs"][-1]["metrics"], (folder / "train_results.json").read_text()
+    assert before[0]["train_loss"] > 0
+    metrics = train.main(arguments("emotion", recordings, base_folder, folder, "--resume_from_checkpoint", "auto"))
+    assert (read_record(folder)["runs"][-1]["metrics"], (folder / "train_results.json").read_text()) == before
+    assert "train_loss" not in metrics and metrics["eval_loss"] == before[0]["eval_loss"]
 
 
 def edit_parts(folder, change, name=PARTS_FILE):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,12 +13,13 @@ from safetensors.torch import load_file
 
 from empathic.composition_empathic import read_stage, resolve_base
 from empathic.data_prep.folder import prepare_folder
+from empathic.evaluation.generation import prepare_readable
 from empathic.modeling_empathic import EmpathicForConditionalGeneration
 from empathic.processing_empathic import EmpathicProcessor
 from empathic.trainers import train
-from empathic.trainers.checkpoint import load_model, merge
-from empathic.trainers.samples import SampleStream, StageCollator, draw_utterances, emotion_sample
-from empathic.trainers.stages import STAGES, TRAINED_PARTS
+from empathic.trainers.checkpoint import StageRecord, load_model, merge
+from empathic.trainers.samples import NOTHING, SampleStream, StageCollator, draw_utterances, emotion_sample
+from empathic.trainers.stages import STAGES, TRAINED_PARTS, StageConfig, lora_targets
 
 QFORMER = ["--qformer_layers", "2", "--qformer_heads", "2", "--qformer_width", "32"]
 
@@ -263,5 +265,74 @@ def test_an_unreadable_clip_is_reported_and_left_out(processor, clip, tmp_path, 
         batch = collator([good, lost])
     assert len(batch["input_ids"]) == 1 and not batch["input_features_mask"].any() and batch["video_mask"].all()
     assert "broken.mp4" in caplog.text
-    with pytest.raises(ValueError, match="could be read"):
-        collator([lost])
+    nothing = collator([{**lost, "id": "lost"}])
+    assert nothing["left_out"] == [("lost", NOTHING)] and nothing["sample_ids"] == nothing["sample_places"] == []
+    assert nothing["input_ids"].shape == (1, 2) and (nothing["labels"] == -100).all()
+    assert batch["sample_places"] == [0] and [reason for _, reason in batch["left_out"]] == [NOTHING]
+
+
+@pytest.mark.parametrize("content", ["", [], [{"type": "text", "text": ""}]], ids=str)
+def test_a_turn_with_nothing_is_left_out(processor, content):
+    sample = {"task": "dialogue", "history": "memory", "target": "sad", "seed": None, "id": "silent"}
+    said = {**sample, "messages": [{"role": "user", "content": "hello"}], "id": "said"}
+    silent = {**sample, "messages": [*said["messages"], {"role": "user", "content": content}]}
+    batch = StageCollator(processor)([silent, said])
+    assert batch["sample_ids"] == ["said"] and batch["sample_places"] == [1]
+    assert batch["left_out"] == [("silent", NOTHING)]
+    prepared, note = prepare_readable(processor, silent["messages"])
+    assert prepared is None and note.endswith("so there is no reply.")
+
+
+@pytest.mark.parametrize("more", [[], ["--cache_frozen_gib", "1"]], ids=["plain", "frozen"])
+def test_a_clip_that_is_alone_in_its_batch_and_unreadable_does_not_end_the_run(stages, data, tmp_path, caplog, more):
+    """Of one of two dialogues the first turn is a clip that cannot be read, and nothing else."""
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"nothing")
+
+    def spoil(row):
+        if row["dialogue_id"] == "train1" and row["turn"] == 0:
+            row |= {"text": "", "audio": {**row["audio"], "path": str(broken)}, "video": None}
+        return row
+
+    rows = load_dataset(data, split="train").filter(lambda row: row["turn"] < 2).map(spoil)
+    (tmp_path / "data").mkdir()
+    rows.to_parquet(tmp_path / "data" / "train.parquet")
+    options = ["--model_name_or_path", stages["memory_multi"], "--rebuild_ratio", "0", "--max_steps", "4"]
+    options += ["--per_device_train_batch_size", "1", "--logging_steps", "1", "--lora_r", "4", *more]
+    run("dialogue", str(tmp_path / "data"), tmp_path / "out", *options)
+    logs = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert sorted(log["loss"] == 0 for log in logs if "loss" in log) == [False, False, True, True]
+    assert logs[-1]["left_out_samples"] == 1 and "train1/1 is left out of training" in caplog.text
+
+
+def test_one_name_in_the_file_is_a_list_of_one(model):
+    assert StageConfig(reply_speakers="robot").reply_speakers == ["robot"]
+    assert lora_targets(model, "q_proj") == lora_targets(model, ["q_proj"])
+    with pytest.raises(ValueError, match=r"is called vproj; see --lora_target_modules"):
+        lora_targets(model, ["q_proj", "vproj"])
+    given = train.parse(["--stage", "dialogue", "--dataset_name", "a", "--output_dir", "b", "--use_cpu", "True"])[0]
+    assert replace(given, dataset_weights=2).dataset_weights == [2]
+    with pytest.raises(ValueError, match=r"label_smoothing_factor must be 0, got 0\.3"):
+        StageConfig(label_smoothing_factor=0.3)
+
+
+@pytest.mark.parametrize("stage", ["emotion", "memory_single", "memory_multi"])
+def test_a_stage_without_an_adapter_does_not_start_from_one(stages, data, tmp_path, stage):
+    with pytest.raises(ValueError, match=f"Stage {stage} trains no adapter, but .*dialogue has one"):
+        run(stage, data, tmp_path, "--model_name_or_path", stages["dialogue"])
+
+
+def test_a_missing_split_is_named_with_its_option(stages, pairs, tmp_path):
+    options = ["--model_name_or_path", stages["dialogue"], "--eval_strategy", "steps", "--eval_split", "test"]
+    with pytest.raises(ValueError, match=r"has no split test; its splits are train\. Name one with --eval_split"):
+        run("epo", pairs, tmp_path, *options)
+
+
+def test_runs_may_be_a_link(model, parts, tmp_path):
+    """The base lies beside the link, the folder of the runs somewhere else, at another depth."""
+    (tmp_path / "disk" / "deep" / "runs" / "stage").mkdir(parents=True)
+    (tmp_path / "work" / "base").mkdir(parents=True)
+    (tmp_path / "work" / "runs").symlink_to(tmp_path / "disk" / "deep" / "runs")
+    folder, base = str(tmp_path / "work" / "runs" / "stage"), str(tmp_path / "work" / "base")
+    StageRecord("dialogue", base, []).save(model, folder)
+    assert resolve_base(folder, read_stage(folder)["base"]) == base

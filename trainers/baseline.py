@@ -26,7 +26,7 @@ from empathic.trainers.baseline_models import baseline_lora_targets, load_baseli
 from empathic.trainers.baseline_prompts import FRAMES_AS, KINDS, BaselinePrompts
 from empathic.trainers.feature_cache import MediaDraws
 from empathic.trainers.samples import SampleStream, dialogue_sample
-from empathic.trainers.stages import check_choice
+from empathic.trainers.stages import check_choice, check_no_smoothing
 from empathic.trainers.train import load_splits
 
 logger = logging.get_logger(__name__)
@@ -91,6 +91,7 @@ class BaselineConfig(TrainingArguments):
     prediction_loss_only: bool = field(default=True, metadata={"help": "Keep True: the loss is what is evaluated."})
 
     def __post_init__(self):
+        check_no_smoothing(self)
         # As in the stages: the stream is shuffled by itself and knows every draw by its number.
         self.train_sampling_strategy = "sequential"
         super().__post_init__()

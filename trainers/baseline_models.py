@@ -53,6 +53,7 @@ def baseline_lora_targets(model: nn.Module, chosen: list[str] | None = None) -> 
     Raises:
         ValueError: if there is none of them.
     """
+    chosen = [chosen] if isinstance(chosen, str) else chosen  # TRL's ModelConfig takes one out of its list
     decoder = model.get_decoder()
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     found = {n.rpartition(".")[2] for n, module in decoder.named_modules() if isinstance(module, (nn.Linear, Conv1D))}

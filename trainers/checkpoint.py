@@ -74,7 +74,8 @@ def merge(path: str, output: str, **kwargs) -> None:
 
 def _relative(base: str, folder: str) -> str:
     """A local folder as seen from `folder`, so that both can be moved together; a Hub id as it is."""
-    return os.path.relpath(base, folder) if Path(base).is_dir() else base
+    # Through links, as the way from the folder goes: `runs` may be a link to a larger disk.
+    return os.path.relpath(os.path.realpath(base), os.path.realpath(folder)) if Path(base).is_dir() else base
 
 
 class StageRecord:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from empathic.trainers.stages import check_no_smoothing
+
 
 @dataclass
 class EPOConfig(TrainingArguments):
@@ -84,6 +86,7 @@ class EPOConfig(TrainingArguments):
         _check_number("nll_weight", self.nll_weight, at_least=0)
         _check_number("epo_weight", self.epo_weight, at_least=0)
         _check_number("cache_frozen_gib", self.cache_frozen_gib, at_least=0)
+        check_no_smoothing(self)
         if self.nll_weight == 0 and self.epo_weight == 0:
             raise ValueError("nll_weight and epo_weight are both 0, so there is nothing to train. Raise one of them.")
         if self.max_length is not None and (not _is_whole(self.max_length) or self.max_length < 2):

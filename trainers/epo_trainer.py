@@ -89,8 +89,12 @@ class EPOTrainer(Trainer):
         if processing_class is None:
             raise ValueError("EPOTrainer needs processing_class: the model's processor, or its tokenizer.")
         if peft_config is not None:
-            if isinstance(model, PeftModel):
-                raise ValueError("The model is a PEFT model already. Leave out peft_config or merge the adapter.")
+            if isinstance(model, PeftModel) or model._hf_peft_config_loaded:
+                raise ValueError(
+                    "The model has an adapter already, which peft_config would begin anew. To go on training it, load "
+                    "the folder with `empathic.trainers.checkpoint.load_model(folder, trainable=True)` and leave out "
+                    "peft_config; or merge it first."
+                )
             set_seed(args.seed)  # the adapter is initialised at random
             model = get_peft_model(model, peft_config)
         if isinstance(model, PeftModel) and args.activation_checkpointing:
@@ -321,7 +325,13 @@ class EPOTrainer(Trainer):
     # ---- Training ----
 
     def train(self, *args, **kwargs):
-        """As in transformers."""
+        """As in transformers. ValueError if nothing of the model trains."""
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                "Nothing of the model trains: all its parameters are frozen. A stage's folder loads with a frozen "
+                "adapter; load it with `empathic.trainers.checkpoint.load_model(folder, trainable=True)`. Of another "
+                "model unfreeze what shall train, or give peft_config."
+            )
         self._train_sums = self._new_sums()
         self._left_out["train"] = set()
         self._pairs_trained = self._pairs_not_trained = 0

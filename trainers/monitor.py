@@ -284,7 +284,7 @@ class NamedSamples:
             FloatingPointError: the loss is NaN or infinite; the step and the samples of the batch are named.
         """
         names = inputs["sample_ids"]
-        inputs = {key: value for key, value in inputs.items() if key not in ("sample_ids", "left_out")}
+        inputs = {k: v for k, v in inputs.items() if k not in ("sample_ids", "sample_places", "left_out")}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if not names:  # a mean over nothing
             loss = torch.nan_to_num(loss)

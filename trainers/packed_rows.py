@@ -15,7 +15,7 @@ from empathic.trainers.varlen_attention import PackedLayout
 
 logger = logging.get_logger(__name__)
 
-_NOT_FOR_MODEL = ("labels", "sample_ids", "left_out")
+_NOT_FOR_MODEL = ("labels", "sample_ids", "sample_places", "left_out")
 
 
 class RowLayout(PackedLayout):
@@ -165,10 +165,47 @@ class PackedLoss:
             where = (labels != IGNORE).nonzero(as_tuple=True)
             with log_probabilities_from(self._head, where, labels[where]):
                 logps = model(**batch, **frozen_inputs(inputs, slice(None), packed=False), use_cache=False).logits
-        loss = -logps.sum() / (len(logps) if num_items_in_batch is None else num_items_in_batch)
+        # A batch may have no target, if all its samples were left out: then the loss is 0 / 1.
+        loss = -logps.sum() / (max(len(logps), 1) if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over the ranks
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss of a batch alone; `evaluation_loop` has that of all."""
+        inputs = self._without_repeats(self._prepare_inputs(inputs))
+        count = (inputs["labels"][:, 1:] != IGNORE).sum().item()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs).detach().mean()
+        self._eval_sums += torch.tensor([loss.item() * count, count], dtype=torch.float64)
+        return loss, None, None
+
+    def _without_repeats(self, batch: dict) -> dict:
+        """
+        Takes the labels off the samples that accelerate repeats to give every rank a full last batch: those past the
+        remainder, counted rank by rank, just as in `Accelerator.gather_for_metrics`.
+        """
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return batch
+        samples = len(batch["sample_ids"]) + len(batch["left_out"])
+        first = self.accelerator.process_index * samples
+        is_repeat = [first + place >= state.remainder for place in batch["sample_places"]]
+        if not is_repeat:  # the row that stands for a batch of nothing
+            return batch
+        labels = batch["labels"]
+        return {**batch, "labels": labels.masked_fill(torch.tensor(is_repeat, device=labels.device)[:, None], IGNORE)}
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        """As in transformers, but the loss is the mean over all targets, however they are batched; NaN if none."""
+        self._eval_sums = torch.zeros(2, dtype=torch.float64)
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        sums = self._eval_sums
+        if self.accelerator.num_processes > 1:
+            sums = self.accelerator.reduce(sums.to(self.args.device), reduction="sum")
+        total, count = sums.tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = total / count if count else float("nan")
+        return output
 
     def _packed(self, model, batch: dict, labels: torch.Tensor) -> torch.Tensor:
         unshared = self._placeholders if self._shares else None

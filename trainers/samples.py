@@ -21,6 +21,9 @@ logger = logging.get_logger(__name__)
 MODALITY_SETTINGS = (("audio",), ("video",), ("audio", "video"))
 
 
+NOTHING = "nothing of its last turn can be heard, seen or read"  # why a sample is left out
+
+
 def clip_message(row: dict, modalities: Sequence[str], with_text: bool = True) -> dict:
     """A turn row as the user's message, with those of its media that are wanted and there."""
     content = [{"type": kind, **row[kind]} for kind in modalities if row[kind] is not None]
@@ -173,12 +176,13 @@ class StageCollator:
     """
     Samples -> a right-padded batch with labels on the targets, all modalities present.
 
-    A clip that cannot be read is reported once and left out of its sample; a sample left with nothing, or in task
-    `emotion` with no clip, is dropped. So is a sample that is longer than `max_length`: it is never cut, because each
-    placeholder of its prompt has its vector.
+    A clip that cannot be read is reported once and left out of its sample; a sample whose last turn has nothing (left),
+    or in task `emotion` no clip, is left out. So is a sample that is longer than `max_length`: it is never cut, because
+    each placeholder of its prompt has its vector.
 
-    Beside the model's inputs a batch holds `sample_ids`, the names of its rows, and `left_out`, (name, reason) of each
-    sample that was too long. If all were, one row of two tokens without a target keeps every rank in step.
+    Beside the model's inputs a batch holds `sample_ids`, the names of its rows; `sample_places`, which of the samples
+    they are; and `left_out`, (name, reason) of each sample that is none of them. If all are left out, one row of two
+    tokens without a target keeps every rank in step.
 
     Args:
         processor: an `EmpathicProcessor`.
@@ -210,7 +214,7 @@ class StageCollator:
 
     def _prepare(self, sample: dict) -> dict | None:
         messages = sample["messages"]
-        while True:
+        while sample["task"] == "memory" or _shows_something(messages[-1], sample["task"]):
             try:
                 return self._encode(messages, sample)
             except MediaError as error:
@@ -218,9 +222,7 @@ class StageCollator:
                     self._reported.add(str(error))
                     logger.warning("left out of training: %s", error)
                 messages = self._without_unreadable(messages)
-                kinds = {item["type"] for item in messages[-1]["content"]}
-                if not kinds or (sample["task"] == "emotion" and kinds == {"text"}):
-                    return None
+        return None
 
     def _without_unreadable(self, messages: list[dict]) -> list[dict]:
         *earlier, last = messages
@@ -240,21 +242,22 @@ class StageCollator:
 
     def prompt(self, sample: dict) -> tuple[dict | None, str]:
         """The prompt alone, or None and why there is none; for `FrozenOutputs`."""
-        return self._prepare(sample), "no clip can be read"
+        return self._prepare(sample), NOTHING
 
     def prompt_and_target(self, sample: dict) -> tuple[dict, str] | None:
-        """The prompt alone, as `EmpathicProcessor.prepare` gives it, and the reply; None if no clip can be read."""
+        """The prompt alone, as `EmpathicProcessor.prepare` gives it, and the reply; None if it has nothing."""
         encoded = self._prepare(sample)
         return None if encoded is None else (encoded, sample["target"])
 
     def __call__(self, samples: list[dict]) -> dict:
-        prepared, entries, ids, left_out = [], [], [], []
+        prepared, entries, ids, places, left_out = [], [], [], [], []
         for number, sample in enumerate(samples):
             entry = sample.get("frozen")
             encoded = self._prepare(sample) if entry is None else _without_clips(entry)
-            if encoded is None:
-                continue
             name = sample.get("id") or f"sample {number} of the batch"
+            if encoded is None:
+                left_out.append((name, NOTHING))
+                continue
             target = self.processor.encode_reply(sample["target"])
             length = len(encoded["input_ids"]) + len(target)
             if self.max_length is not None and length > self.max_length:
@@ -265,23 +268,30 @@ class StageCollator:
             prepared.append(encoded)
             entries.append(no_entry([]) if entry is None else entry)
             ids.append(name)
-        if left_out and not prepared:
-            prepared, entries = [self._no_sample()], [no_entry([])]
+            places.append(number)
         if not prepared:
-            raise ValueError(f"No clip of a batch of {len(samples)} samples could be read; the files are named above.")
+            prepared, entries = [self._no_sample()], [no_entry([])]
         sizes = None if self.cache is None else self.cache.sizes
         batch = self.processor.pad(prepared, padding_side="right", all_modalities=True, feature_sizes=sizes)
         if "frozen" in samples[0]:  # no clip of any batch is encoded, on any rank
             clips = ("video", "pixel_values_videos", "audio", "input_features")
             batch = {key: value for key, value in batch.items() if not key.startswith(clips)}
             batch |= stack_entries(entries)
-        return {**batch, "sample_ids": ids, "left_out": left_out}
+        return {**batch, "sample_ids": ids, "sample_places": places, "left_out": left_out}
 
     def _no_sample(self) -> dict:
         """Two tokens that nothing is learned from."""
         eos = self.processor.tokenizer.eos_token_id
         nothing = {"memory_input_ids": [], "video": None, "audio": None}
         return {**nothing, "input_ids": [eos] * 2, "labels": [-100] * 2}
+
+
+def _shows_something(message: dict, task: str) -> bool:
+    """Whether the turn has what its task needs: a clip for `emotion`, for `dialogue` a clip or some text."""
+    if isinstance(message["content"], str):
+        return bool(message["content"]) and task != "emotion"
+    kinds = {item["type"] for item in message["content"] if item["type"] != "text" or item["text"]}
+    return bool(kinds - {"text"} if task == "emotion" else kinds)
 
 
 def _without_clips(entry: dict) -> dict | None:

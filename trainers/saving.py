@@ -17,6 +17,7 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
 from empathic.composition_empathic import (
     ADAPTER_CONFIG,
@@ -25,13 +26,16 @@ from empathic.composition_empathic import (
     STAGE_FILE,
     check_tensors,
     read_stage,
+    resolve_base,
 )
 from empathic.trainers.checkpoint import UNFINISHED, StageRecord
 from empathic.trainers.frozen_clips import FrozenClips
-from empathic.trainers.model_card import kept_card, quality
+from empathic.trainers.model_card import kept_card, quality, read_record
 from empathic.trainers.monitor import Monitored, NamedSamples
 from empathic.trainers.packed_rows import PackedLoss
 from empathic.trainers.pushing import HubPushing
+
+logger = logging.get_logger(__name__)
 
 COMPLETE_FILE = "checkpoint_complete.json"  # the last file of a checkpoint; a folder without it is none
 
@@ -147,6 +151,25 @@ def checkpoint_to_resume(choice: str | None, folder: str) -> str | None:
             + (f"The last complete one is {last}." if last else "Start the stage anew.")
         )
     return str(choice)
+
+
+def base_names(base: str | dict, folder: str) -> list[str]:
+    """The folders and ids of a base that a stage's file in `folder` names."""
+    names = [base] if isinstance(base, str) else [value for _, value in sorted(base.items()) if isinstance(value, str)]
+    names = [resolve_base(folder, name) for name in names]
+    return [os.path.realpath(name) if os.path.isdir(name) else name for name in names]
+
+
+def changed_settings(then: dict, now: dict) -> list[str]:
+    """What two runs were told differently, `name was ... and now is ...`; see `model_card.new_run`."""
+    sides = []
+    for run in (then, now):
+        facts = {name: run[name] for name in ("learning_rate", "precision")}
+        facts["data"] = ", ".join(data["name"] for data in run["data"])
+        sides.append(facts | run["settings"])
+    names = dict.fromkeys(name for side in sides for name in side)
+    texts = [[json.dumps(side.get(name)) for side in sides] for name in names]
+    return [f"{name} was {old} and now is {new}" for name, (old, new) in zip(names, texts, strict=True) if old != new]
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
@@ -299,6 +322,13 @@ class StageSaving(HubPushing):
 
     # ---- Resuming ----
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in transformers, but without the `train_loss` of a finished run that was started again: it would be 0."""
+        if "train_loss" in logs and self.state.global_step == self._initial_global_step:
+            logs.pop("train_loss")
+            logger.warning("The run was finished at step %d, so nothing is trained.", self.state.global_step)
+        super().log(logs, start_time)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Nothing yet: what was trained is loaded when the model is prepared, in the same way for every strategy."""
 
@@ -319,7 +349,8 @@ class StageSaving(HubPushing):
 
     def _check_checkpoint(self, checkpoint: str) -> None:
         """ValueError for a checkpoint that this run cannot go on from as the unbroken run would have."""
-        stage = read_stage(checkpoint)["stage"]
+        record = read_stage(checkpoint)
+        stage = record["stage"]
         if stage != self.stage_record.stage:
             raise ValueError(
                 f"{checkpoint} is of the stage {stage}, this run is of the stage {self.stage_record.stage}. To start "
@@ -341,8 +372,32 @@ class StageSaving(HubPushing):
             for name, mend in mends.items()
             if then[name] != now[name]
         ]
+        old, new = (base_names(base, checkpoint) for base in (record["base"], self.stage_record.base))
+        # Of a folder that is not where it was it cannot be told.
+        moved = any(name.startswith((".", "/")) and not os.path.isdir(name) for name in old)
+        if old != new and not moved:
+            texts = " and ".join(old), " and ".join(new)
+            problems.append(f"the base was {texts[0]} and now is {texts[1]} (what was trained fits the first alone)")
         if problems:
             raise ValueError(f"{checkpoint} cannot be resumed by this run: {'; '.join(problems)}.")
+        self._compare_settings(checkpoint)
+
+    def _compare_settings(self, checkpoint: str) -> None:
+        """Warns of what a run that goes on is told otherwise than before."""
+        earlier = read_record(checkpoint)["runs"]
+        if not earlier or not self.stage_record.runs:
+            return
+        run = self.stage_record.runs[-1]
+        changed = changed_settings(earlier[-1], run)
+        if changed:
+            logger.warning(
+                "%s comes from a run with other settings: %s. The learning rate and the optimizer's own settings stay "
+                "those of the checkpoint. To train with the new ones from the start, take --resume_from_checkpoint "
+                "none.",
+                checkpoint,
+                "; ".join(changed),
+            )
+        run["learning_rate"] = earlier[-1]["learning_rate"]  # as the optimizer's state brings it
 
     def _load_trained(self, checkpoint: str) -> None:
         model = self._bare_model()

@@ -34,6 +34,14 @@ def check_choice(name: str, value, choices) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}.")
 
 
+def check_no_smoothing(args: TrainingArguments) -> None:
+    """ValueError for label smoothing: the losses here are of the targets alone."""
+    if args.label_smoothing_factor != 0:
+        raise ValueError(
+            f"label_smoothing_factor must be 0, got {args.label_smoothing_factor!r}: the loss knows no smoothing."
+        )
+
+
 def freeze_for_stage(model: nn.Module, stage: str) -> list[str]:
     """
     Lets the parameters of a stage train and freezes all others.
@@ -61,9 +69,14 @@ def lora_targets(model: nn.Module, chosen: list[str] | None) -> str | list[str]:
     Raises:
         ValueError: if nothing in the language model matches.
     """
+    chosen = [chosen] if isinstance(chosen, str) else chosen  # TRL's ModelConfig takes one out of its list
     pattern = LORA_TARGET if not chosen else rf".*\.language_model\..*\.({'|'.join(map(re.escape, chosen))})"
-    if not any(re.fullmatch(pattern, name) for name, _ in model.named_modules()):
+    names = [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
+    if not names:
         raise ValueError(f"No module of the language model matches {pattern!r}; name some with --lora_target_modules.")
+    idle = [part for part in chosen or () if not any(name.endswith(f".{part}") for name in names)]
+    if idle:
+        raise ValueError(f"No module of the language model is called {', '.join(idle)}; see --lora_target_modules.")
     return pattern
 
 
@@ -123,7 +136,10 @@ class StageConfig(TrainingArguments):
     max_eval_samples: int = field(default=500, metadata={"help": "Evaluation samples at most."})
 
     def __post_init__(self):
+        if isinstance(self.reply_speakers, str):  # one, in YAML
+            self.reply_speakers = [self.reply_speakers]
         check_choice("history", self.history, ("memory", "text", "none"))
+        check_no_smoothing(self)
         for name in ("rebuild_ratio", "single_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)!r}.")

@@ -118,6 +118,8 @@ class ScriptArguments:
         for name in ("dataset_name", "eval_split"):
             if isinstance(getattr(self, name), str):  # in YAML
                 setattr(self, name, [getattr(self, name)])
+        if isinstance(self.dataset_weights, (int, float)):
+            self.dataset_weights = [self.dataset_weights]
         if self.frame_draws is not None and self.frame_draws < 0:
             raise ValueError(f"frame_draws must be at least 0, got {self.frame_draws!r}.")
         if self.dataset_weights is not None and len(self.dataset_weights) != len(self.dataset_name):
@@ -238,10 +240,12 @@ def reply(args: StageConfig, sample: dict, rng) -> dict:
     return dialogue_sample(sample, args.history, args.use_media)
 
 
-def load_splits(names: list[str], wanted: list[str], optional: bool = False) -> list[Dataset | None]:
+def load_splits(
+    names: list[str], wanted: list[str], optional: bool = False, option: str = "--train_split"
+) -> list[Dataset | None]:
     """
     Of each data set the first of the `wanted` splits that it has; with `optional` None, and a warning, where it has
-    none of them.
+    none of them. `option` is what an error calls the choice of them.
 
     Raises:
         ValueError: naming the splits there are, for a data set without a wanted one; with `optional` if all are so.
@@ -256,7 +260,7 @@ def load_splits(names: list[str], wanted: list[str], optional: bool = False) -> 
         if split is None:
             missing.append(f"{name} has no split {' or '.join(wanted)}; its splits are {', '.join(splits)}.")
     if missing and (not optional or len(missing) == len(names)):
-        mend = "Name one with --eval_split, or turn evaluation off." if optional else "Name one with --train_split."
+        mend = "Name one with --eval_split, or turn evaluation off." if optional else f"Name one with {option}."
         raise ValueError(" ".join([*missing, mend]))
     for line in missing:
         logger.warning("left out of evaluation: %s", line)
@@ -333,11 +337,14 @@ def epo_trainer(script, args, model, processor) -> EPOStageTrainer:
         raise ValueError(f"Stage epo takes one data set of preference rows, got {len(script.dataset_name)}.")
     cache = open_cache(script, model, processor)
     collator = PreferenceCollator(processor, args.max_length, args.history, script.frame_draws, cache)
+    evaluation = None
+    if evaluates(script, args):
+        evaluation = load_splits(script.dataset_name, script.eval_split, option="--eval_split")[0]
     return EPOStageTrainer(
         model=model,
         args=args,
         train_dataset=load_splits(script.dataset_name, [script.train_split])[0],
-        eval_dataset=load_splits(script.dataset_name, script.eval_split)[0] if evaluates(script, args) else None,
+        eval_dataset=evaluation,
         processing_class=processor,
         data_collator=collator,
     )
@@ -354,6 +361,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     with whole_weights(args):
         model, processor, base = build_model(script, model_args)
 
+    if isinstance(model, PeftModel) and script.stage not in LORA_STAGES:
+        raise ValueError(
+            f"Stage {script.stage} trains no adapter, but {model_args.model_name_or_path} has one. Start from a stage "
+            "before `dialogue`, or from what `empathic merge` makes of it."
+        )
     trained = []
     if not isinstance(model, PeftModel):
         trained = freeze_for_stage(model, script.stage)
@@ -386,11 +398,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         trainer.start_pushing(script.hub_base)
     resume = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     result = trainer.train(resume_from_checkpoint=resume)
+    metrics = dict(result.metrics)
+    if "train_loss" not in metrics:  # it was finished before, so what it got then stands
+        earlier = read_record(args.output_dir)["runs"][-1:]
+        run["metrics"] = earlier[0]["metrics"] if earlier and earlier[0]["stage"] == script.stage else {}
     trainer.save_model()
     trainer.save_state()
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
-    metrics = dict(result.metrics)
+    if "train_loss" in metrics:
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
     if trainer.eval_dataset is not None:
         evaluation = trainer.evaluate()
         trainer.log_metrics("eval", evaluation)
