@@ -1,6 +1,11 @@
 """Shared by all tests: one thread, no network, and a writer of small media files."""
 
 import os
+import signal
+
+# Started in the background, this process ignores Ctrl-C, and so would those that the tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before torch and the Hub client are imported: they read these once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
