@@ -154,6 +154,8 @@ class Page:
                 self.clear = gr.Button("Clear", elem_id="clear", **options)
                 self.save = gr.Button("Save", elem_id="save", **options)
                 self.load = gr.UploadButton("Load", file_types=[".json"], elem_id="load", **options)
+                # Gradio's own also makes an empty file, which stays.
+                self.load.preprocess = lambda file: None if file is None else file.path
             self.example = gr.Dropdown(
                 list(self.examples),
                 value=None,
