@@ -8,7 +8,7 @@ OUTPUT ?= runs/quickstart
 .PHONY: help install lint test test-distributed test-slow quickstart clean
 
 help:
-	@echo "make quickstart   train and evaluate the tiny preset, all five stages (about 15 to 20 minutes on 2 cores)"
+	@echo "make quickstart   train and evaluate the tiny preset, all five stages (about 12 minutes on 2 cores)"
 	@echo "make test         the test suite (under 10 minutes)"
 	@echo "make test-distributed   training on several processes: DDP, ZeRO-2, ZeRO-3, FSDP2"
 	@echo "make test-slow    the longer tests, quickstart among them"
