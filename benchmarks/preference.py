@@ -30,7 +30,6 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
-import trl
 
 from empathic.benchmarks.flops import peak_tflops
 from empathic.benchmarks.machine import describe_machine
@@ -298,7 +297,7 @@ def main(argv: list[str] | None = None) -> dict:
         },
         "step": "Forward and backward, no optimizer",
         "timed_steps": options.steps,
-        "machine": {**describe_machine(options.device), "trl": trl.__version__},
+        "machine": describe_machine(options.device),
     }
     print(
         f"Random {chosen.dtype} weights: width {config.hidden_size}, {config.num_hidden_layers} layers, "

@@ -6,6 +6,7 @@ import torch
 from tqdm import tqdm
 
 from empathic.media_empathic import MediaError
+from empathic.trainers.samples import shows_something
 
 
 class Answer(NamedTuple):
@@ -82,7 +83,7 @@ def prepare_readable(processor, messages: list[dict], **options) -> tuple[dict |
     Returns:
         what was prepared, None where there is nothing to answer; and what was left out and why, None if nothing was.
     """
-    if messages[-1]["content"] in ("", [], [{"type": "text", "text": ""}]):
+    if not shows_something(messages[-1], "dialogue"):
         return None, "The last turn has nothing to hear, see or read, so there is no reply."
     try:
         return processor.prepare(messages, **options), None

@@ -6,7 +6,17 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("empathic", "torch", "transformers", "peft", "datasets", "sentence-transformers", "bert-score", "sacrebleu")
+PACKAGES = (
+    "empathic",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "datasets",
+    "sentence-transformers",
+    "bert-score",
+    "sacrebleu",
+)
 
 
 def versions() -> dict[str, str | None]:

@@ -32,7 +32,7 @@ class RowLayout(PackedLayout):
     """
 
     def __init__(self, prefix: int, rests: list[int], device: torch.device):
-        self.prefix = prefix
+        self.prefix, self.rests = prefix, rests
         lengths = torch.tensor(rests, device=device)
         place = torch.arange(max(rests), device=device)
         present = place < lengths[:, None]  # (rows, longest)
@@ -42,13 +42,12 @@ class RowLayout(PackedLayout):
         # Padding at the end is seen by no row, so the causal mask is that of all; and no query sees nothing.
         causal = place[:, None] >= place
         self.mask = torch.cat([causal.new_ones(len(place), prefix), causal], dim=1)
-        ends = [prefix, *(prefix + end for end in accumulate(rests))]
-        own = [(0, prefix, 0, 0)] if prefix else []
-        self._ranges = [*own, *((start, end, 0, prefix) for start, end in pairwise(ends))]
 
     def ranges(self) -> list[tuple[int, int, int, int]]:
         """The prefix, and each row after it."""
-        return self._ranges
+        own = [(0, self.prefix, 0, 0)] if self.prefix else []
+        ends = accumulate(self.rests, initial=self.prefix)
+        return [*own, *((start, end, 0, self.prefix) for start, end in pairwise(ends))]
 
     def plain(self, query, key, value, dropout: float, scale: float | None) -> torch.Tensor:
         """Attention (1, length, heads, width) of states (1, heads, length, width), the rows side by side."""

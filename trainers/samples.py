@@ -214,7 +214,7 @@ class StageCollator:
 
     def _prepare(self, sample: dict) -> dict | None:
         messages = sample["messages"]
-        while sample["task"] == "memory" or _shows_something(messages[-1], sample["task"]):
+        while sample["task"] == "memory" or shows_something(messages[-1], sample["task"]):
             try:
                 return self._encode(messages, sample)
             except MediaError as error:
@@ -286,7 +286,7 @@ class StageCollator:
         return {**nothing, "input_ids": [eos] * 2, "labels": [-100] * 2}
 
 
-def _shows_something(message: dict, task: str) -> bool:
+def shows_something(message: dict, task: str) -> bool:
     """Whether the turn has what its task needs: a clip for `emotion`, for `dialogue` a clip or some text."""
     if isinstance(message["content"], str):
         return bool(message["content"]) and task != "emotion"
