@@ -1,41 +1,149 @@
-"""A conversation with memory, in which a turn costs what is new in it and not what was said before."""
+"""A chat session with memory: the cost of a turn depends on its new input, not on the length of the conversation."""
 
 import copy
 import json
+import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import BaseStreamer, GenerationMode
 
-# Stand for the history and the turn where only the form of a prompt matters.
+from .compat_empathic import CACHE
+from .sampling import plain_decoding
+from .thoughts import WrittenDecoder, is_thought_so_far, read_written
+
+# A sample history and turn, used where only the structure of a prompt matters.
 SOME_HISTORY = {"role": "user", "content": "a"}
 MORE_HISTORY = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
 SOME_TURN = {"role": "user", "content": "d"}
 
 
+def dropped_memories(utterances: int, max_memories: int | None) -> int:
+    """
+    Return how many of the oldest memory vectors a prompt leaves out: a quarter of `max_memories` at a time. The number
+    depends only on the number of utterances, not on how turns grouped them.
+    """
+    if max_memories is None:
+        return 0
+    block = max(1, max_memories // 4)
+    return -(-max(0, utterances - max_memories) // block) * block
+
+
+class PromptWriter:
+    """
+    Writes the prompt of a turn at a cost that does not depend on the length of the history.
+
+    The history enters this project's template as consecutive placeholders only, so it is not rendered: the placeholder
+    of one utterance is repeated. With other templates, the whole history is rendered at every turn.
+
+    Args:
+        processor: an `EmpathicProcessor`.
+        placeholder: the token id of the memory placeholder.
+    """
+
+    def __init__(self, processor, placeholder: int):
+        self.processor, self.placeholder = processor, placeholder
+
+    def write(self, system: str | None, earlier: list[dict], turn: dict) -> dict:
+        """
+        Return what `processor.prepare` returns for the conversation; `memory_input_ids` may be those of other text.
+
+        Args:
+            system: replaces the template's system prompt.
+            earlier: the messages that have a memory vector in the prompt.
+            turn: the last message, of the user.
+        """
+        opening = [] if system is None else [{"role": "system", "content": system}]
+        if not earlier or not self._repeats_placeholders:
+            return self.processor.prepare([*opening, *earlier, turn])
+        sample = self.processor.prepare([*opening, SOME_HISTORY, turn])
+        return {**sample, "input_ids": self._repeat(sample["input_ids"], len(earlier))}
+
+    def _repeat(self, ids: list[int], count: int) -> list[int]:
+        place = ids.index(self.placeholder)
+        return [*ids[:place], *[self.placeholder] * count, *ids[place + 1 :]]
+
+    @cached_property
+    def _repeats_placeholders(self) -> bool:
+        one, two = (self.processor.prepare([*h, SOME_TURN])["input_ids"] for h in ([SOME_HISTORY], MORE_HISTORY))
+        return one.count(self.placeholder) == 1 and self._repeat(one, 2) == two
+
+
+class ReplyText:
+    """
+    Turns the tokens of a reply into pieces of text while they are generated. A piece is emitted once later tokens can
+    no longer change it. The pieces have no whitespace at the beginning and the end of the reply, and no thought before.
+
+    Args:
+        decode: decodes the tokens.
+    """
+
+    def __init__(self, decode: WrittenDecoder):
+        self._decode = decode
+        self.tokens: list[int] = []
+        self._start = self._read = 0  # tokens[start:read] are emitted, and are decoded together with the next tokens
+        self._begun, self._space, self._held, self._text = False, "", "", ""
+        self.given = ""
+
+    def add(self, tokens: list[int]) -> str:
+        """Add tokens; return the next piece, which may be empty."""
+        self.tokens += tokens
+        handed_over = self._decode.text(self.tokens[self._start : self._read])
+        text = self._decode.text(self.tokens[self._start :])
+        # A multi-byte character may be complete only with the next token.
+        if len(text) <= len(handed_over) or text.endswith("\ufffd"):
+            return ""
+        self._start, self._read = self._read, len(self.tokens)
+        return self.add_text(text[len(handed_over) :])
+
+    def add_text(self, text: str) -> str:
+        """Add text that later tokens do not change; return the next piece, which may be empty."""
+        self._text += text
+        if not self._begun:
+            self._held += text
+            if is_thought_so_far(self._held):
+                return ""
+            text = read_written(self._held).reply + self._held[len(self._held.rstrip()) :]
+        text = self._space + text if self._begun else text.lstrip()
+        piece = text.rstrip()
+        self._space = text[len(piece) :]
+        self._begun = self._begun or bool(piece)
+        self.given += piece
+        return piece
+
+    def end(self) -> str:
+        """Return the whole reply, which begins with the pieces."""
+        text = self._decode.text(self.tokens) if self.tokens else self._text
+        reply = read_written(text).reply
+        if not reply.startswith(self.given):  # what was shown as the reply turned out to be a thought
+            text = text.strip()
+            reply = text if text.startswith(self.given) else self.given
+        return reply
+
+
 @dataclass(frozen=True)
 class TurnCost:
     """
-    What a turn of a `ChatSession` cost.
+    The cost of a turn of a `ChatSession`.
 
     Attributes:
-        new_positions (`int`): positions of the prompt that the LLM processed.
-        reused_positions (`int`): positions taken from the key-value prefix of the turns before.
+        new_positions (`int`): prompt positions that the LLM processed.
+        reused_positions (`int`): prompt positions reused from the cached prefix of earlier turns.
         memory_vectors (`int`): memory vectors in the prompt.
-        history_text_tokens (`int`): what the history would take in the prompt as text, in the LLM's tokens.
-        seconds (`float`): the whole turn, from reading the clip to remembering what was said.
-        prefill_seconds (`float`): of these, from the call of `generate` to the first token's scores; the encoding of
-            the clip is part of it.
+        history_text_tokens (`int`): LLM tokens that the history would need in the prompt as text.
+        seconds (`float`): time of the whole turn, from reading the clip to adding the utterances to the memory.
+        prefill_seconds (`float`): the part of `seconds` from the call of `generate` to the first token's logits,
+            including the encoding of the clip.
     """
 
     new_positions: int
@@ -48,20 +156,20 @@ class TurnCost:
 
 @dataclass(frozen=True)
 class _Prefix:
-    """The LLM's keys and values of the first positions of a prompt, which hold no clip."""
+    """The LLM's key-value cache of the first positions of a prompt, up to the first clip."""
 
     ids: torch.Tensor  # (positions,), on the CPU
     cache: DynamicCache
-    dropped: int  # how many utterances are older than the first memory vector in it
+    dropped: int  # number of utterances older than the first memory vector in the prefix
 
 
 @dataclass(frozen=True)
 class _Memory:
-    """All that a session knows between two turns. It is replaced as a whole: a turn happens, or nothing does."""
+    """All data of a session between two turns. It is replaced as a whole, so that a failed turn changes nothing."""
 
     messages: list  # of dict
     state: object  # MemoryState
-    vectors: list  # of (hidden_size,) tensors: the newest utterances
+    vectors: list  # of (hidden_size,) tensors: memory vectors of the newest utterances
     text_tokens: int
     prefix: _Prefix | None
 
@@ -72,42 +180,45 @@ class _Memory:
 
 @dataclass
 class _Turn:
-    """A turn on its way to a reply."""
+    """A turn that is ready for generation."""
 
     text: str
     ids: torch.Tensor  # (positions,), the prompt, on the CPU
     arguments: dict  # of `generate`
-    streams: bool  # whether `generate` can hand over its tokens one by one
-    cache: DynamicCache | None  # what `generate` writes into, if it is to be kept
+    streams: bool  # whether `generate` supports a streamer with these arguments
+    cache: DynamicCache | None  # the cache that `generate` fills, if it is kept after the turn
     reused: int
     clock: "_Clock"
 
 
 class ChatSession:
     """
-    Keeps a conversation with the model: every utterance is read into the memory once and costs one vector ever after
+    A conversation with the model. Every utterance is read into the memory once; after that, it costs one vector
     (paper's Sec. 3.2).
 
-    Two things are carried from turn to turn. The memory encoder's state takes in a new utterance without the old ones.
-    The LLM's keys and values of the prompt's beginning (the system prompt and the memory vectors so far) are kept, and
-    grow by the newest vectors when the next turn's prompt is processed, in the same forward pass. They are used for
-    greedy decoding and sampling, with an LLM that attends to all positions; with beams, without a cache, or with
-    sliding windows a turn processes its whole prompt, for the same reply.
+    Two states are carried from turn to turn. The memory encoder's state reads a new utterance without rereading the old
+    utterances. The LLM's key-value cache of the prompt's prefix (the system prompt and the memory vectors so far) is
+    kept, and the newest vectors are added to it in the forward pass of the next turn's prompt. The prefix is used for
+    greedy decoding and sampling with an LLM that attends to all positions. With beam search, without a cache, or with
+    sliding windows, each turn processes its whole prompt, with the same reply.
 
-    At `max_memories` the oldest vectors leave the prompt, a quarter of `max_memories` at a time, so that between 3/4 of
-    it and all of it are there and the prefix is seldom computed anew. The memory encoder's state has read everything:
-    what the oldest utterances said can still shape the later vectors. `messages` keeps every utterance.
+    At `max_memories` the oldest vectors leave the prompt, a quarter of `max_memories` at a time, so that the prompt
+    keeps between 3/4 of `max_memories` and all of them, and the prefix is rarely recomputed. The memory encoder's state
+    has read all utterances, so the oldest utterances can still influence later vectors. `messages` keeps every
+    utterance.
 
-    The weights of the model must stay as they are for the life of a session.
+    The model's weights must not change during a session.
 
     Args:
         model: an `EmpathicForConditionalGeneration`.
         processor: its `EmpathicProcessor`.
         system (`str`, *optional*): replaces the template's system prompt.
-        max_memories (`int`, *optional*): how many memory vectors a prompt holds at most; no limit by default.
+        max_memories (`int`, *optional*): the maximum number of memory vectors in a prompt; no limit by default.
+
+    The thought that a reasoning model writes before its reply is neither a part of the reply nor of the memory.
 
     Attributes:
-        last_turn (`TurnCost` or `None`): what the last completed turn cost.
+        last_turn (`TurnCost` or `None`): the cost of the last completed turn.
 
     Raises:
         ValueError: for a `max_memories` under 1.
@@ -123,12 +234,12 @@ class ChatSession:
 
     @property
     def messages(self) -> list[dict]:
-        """What was said so far, as `{"role", "content"}` with plain strings, and `"name"` where one was given."""
+        """The utterances so far, as `{"role", "content"}` with plain strings, and `"name"` if it was given."""
         return self._memory.messages
 
     @property
     def state(self):
-        """Where the memory encoder stands, a `MemoryState`."""
+        """The memory encoder's state, a `MemoryState`."""
         return self._memory.state
 
     @property
@@ -136,70 +247,73 @@ class ChatSession:
         """The memory vectors `(utterances, hidden_size)` of the newest utterances, at most `max_memories`."""
         return self._stack(self._memory.vectors)
 
-    # ------------------------------------------------------------------ what a user calls
+    # ------------------------------------------------------------------ public methods
 
     def reply(self, text: str, audio=None, video=None, **generate_kwargs) -> str:
         """
-        Answers one turn and remembers it.
+        Answer one turn and add it to the memory.
 
         Args:
-            text: what the user says; may be empty beside a clip.
+            text: the user's text; may be empty if there is a clip.
             audio, video: clips: a path, the bytes of a file, or a content item such as
                 `{"audio": samples, "sampling_rate": 16000}` or `{"video": frames}`.
-            generate_kwargs: of `model.generate`, such as `max_new_tokens` (128 by default) or `streamer`.
+            generate_kwargs: arguments of `model.generate`, such as `max_new_tokens` (128 by default) or `streamer`.
+                With `do_sample=False`, the most likely token is taken at each step: the penalties of the model's own
+                generation config are not used, unless they are given here. Without `do_sample`, the generation config
+                decides.
 
         Raises:
             MediaError: for a clip that cannot be read.
-            ValueError: for a turn without text and clip.
-            RuntimeError: in the middle of another reply of this session.
-            After any error, `KeyboardInterrupt` included, the session is as it was.
+            ValueError: for a turn without text and clips.
+            RuntimeError: if this session is in the middle of another reply.
+            Any error, including `KeyboardInterrupt`, leaves the session unchanged.
         """
         with self._alone():
             started = time.perf_counter()
             turn = self._prepare(text, audio, video, generate_kwargs)
             tokens = self._generate(turn)
-            reply = self._decode(tokens).strip()
+            reply = self._decode(tokens.tolist()).reply
             self._finish(turn, reply, time.perf_counter() - started)
         return reply
 
     def stream(self, text: str, audio=None, video=None, **generate_kwargs) -> Iterator[str]:
         """
-        As `reply`, but gives pieces of the reply as they are written; put together they are the reply.
+        Like `reply`, but yields pieces of the reply while it is generated; joined together they are the reply.
 
-        The turn is remembered when the iterator is exhausted. If it is closed or dropped before, generation stops at
-        the next token and the session is as it was. With beams, whose text is certain only at the end, the reply is one
-        piece.
+        The turn is added to the memory when the iterator is exhausted. If the iterator is closed or dropped earlier,
+        generation stops at the next token and the session is unchanged. With beam search, whose text is known only at
+        the end, the reply is one piece.
         """
         with self._alone():
             started = time.perf_counter()
             turn = self._prepare(text, audio, video, generate_kwargs)
-            given = ""
             if turn.streams:
                 writer = _Writer(self, turn)
                 try:
-                    for piece in writer.pieces():
-                        given += piece
-                        yield piece
+                    yield from writer.pieces()
                 finally:
                     writer.stop()
-                tokens, ended = writer.result()
+                ended = writer.result()
+                reply = writer.text.end()
+                if rest := reply[len(writer.text.given) :]:
+                    yield rest
             else:
                 tokens, ended = self._generate(turn), time.perf_counter()
-            reply = self._decode(tokens).strip()
-            if rest := reply[len(given) :]:
-                yield rest
+                reply = self._decode(tokens.tolist()).reply
+                if reply:
+                    yield reply
             self._finish(turn, reply, ended - started)
 
     def remember(self, *messages: dict) -> None:
         """
-        Reads utterances that were said elsewhere into the memory, all at once and without a reply.
+        Read utterances from outside this session into the memory, all at once and without a reply.
 
         Args:
-            messages: `{"role": "user" or "assistant", "content": text}`, and `"name"` where the memory is to know the
-                speaker by it.
+            messages: `{"role": "user" or "assistant", "content": text}`, and optionally the speaker's `"name"` to use
+                in the memory instead of the role.
 
         Raises:
-            ValueError: for another message; then none is remembered.
+            ValueError: for a message of another form; then none of the messages is remembered.
         """
         for message in messages:
             if message.get("role") not in ("user", "assistant") or not isinstance(message.get("content"), str):
@@ -212,11 +326,11 @@ class ChatSession:
 
     def fork(self) -> "ChatSession":
         """
-        A session that has heard the same: the conversation may go on in two ways, even at once.
+        Return a copy of the session, so that the conversation can continue in two ways, even at the same time.
 
-        The two share the model, the processor and the tensors of what was said so far (vectors, memory encoder's state,
-        key-value prefix), which no turn writes into: a fork costs memory only as it goes on. What either hears from
-        here on is its own. In the middle of a reply, the fork is the session as it was before that turn.
+        Both sessions share the model, the processor and the tensors so far (memory vectors, memory encoder's state,
+        cached prefix), which no turn writes into, so a fork needs more memory only for its later turns. Later turns of
+        one session do not affect the other. A fork in the middle of a reply has the session's state before that turn.
         """
         other = copy.copy(self)
         other._lock = Lock()
@@ -224,31 +338,56 @@ class ChatSession:
 
     def save(self, path: str) -> None:
         """
-        Writes the conversation and its memory to one safetensors file. The key-value prefix is not saved: the first
-        turn after `load` computes it anew, from the saved vectors.
+        Save the conversation and its memory to one safetensors file. The cached prefix is not saved: the first turn
+        after `load` recomputes it from the saved vectors. A file of this name is replaced once the new one is complete.
+
+        Raises:
+            OSError: if the file cannot be written; the message names it.
         """
         tensors = {"vectors": self.vectors, **{f"state.{k}": v for k, v in self.state.state_dict().items()}}
         fields = {"messages": self.messages, "system": self.system, "max_memories": self.max_memories}
         record = {name: json.dumps(value) for name, value in fields.items()}
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata=record)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        if not os.fspath(path) or os.path.isdir(path):
+            raise IsADirectoryError(f"{os.fspath(path)!r} is no name of a file. Give the file to write.")
+        folder = os.path.dirname(os.path.abspath(path))
+        if not os.path.isdir(folder):
+            raise FileNotFoundError(f"There is no folder {folder}. Create it, or give another file.")
+        partial = f"{os.fspath(path)}.{os.getpid()}.part"
+        try:
+            save_file(tensors, partial, metadata=record)
+            os.replace(partial, path)
+        except SafetensorError as error:  # how safetensors raises an error of the system
+            raise OSError(f"{path} cannot be written ({error}). Give another file.") from error
+        finally:
+            with suppress(OSError):
+                os.remove(partial)
 
     @classmethod
     def load(cls, path: str, model, processor) -> "ChatSession":
         """
-        Takes up a saved conversation, with the model and processor it was held with.
+        Load a saved conversation, to continue it with the model and processor that it was saved with.
 
         Raises:
-            ValueError: for a conversation held with a model of another width, or with another memory encoder.
+            OSError: if the file cannot be read.
+            ValueError: for a file that is no conversation, a conversation with a model of another width, or with
+                another memory encoder.
         """
-        with safe_open(path, framework="pt", device=str(model.device)) as file:
-            record = {name: json.loads(value) for name, value in file.metadata().items()}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"There is no file {os.fspath(path)!r}. Give a file that was saved.")
+        try:
+            with safe_open(path, framework="pt", device=str(model.device)) as file:
+                record = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            record["messages"], record["system"], tensors["vectors"]
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise ValueError(f"{path} is no saved conversation. Give a file that was saved.") from error
         session = cls(model, processor, system=record["system"], max_memories=record.get("max_memories"))
         vectors, messages = tensors.pop("vectors"), record["messages"]
         if vectors.shape[1] != session.vectors.shape[1]:
             raise ValueError(
-                f"{path} holds memory vectors of width {vectors.shape[1]}, but the model's are "
-                f"{session.vectors.shape[1]} wide: it was saved with another model."
+                f"{path} has memory vectors of width {vectors.shape[1]}, but the model's width is "
+                f"{session.vectors.shape[1]}. Load it with the model that it was saved with."
             )
         session.state.load_state_dict({name.removeprefix("state."): tensor for name, tensor in tensors.items()})
         vectors = list(vectors.to(model.dtype))
@@ -260,7 +399,7 @@ class ChatSession:
     @contextmanager
     def _alone(self):
         if not self._lock.acquire(blocking=False):
-            raise RuntimeError("This session is in the middle of a reply: read its stream to the end or close it.")
+            raise RuntimeError("This session is in the middle of a reply. Read its stream to the end or close it.")
         try:
             yield
         finally:
@@ -272,36 +411,19 @@ class ChatSession:
         width = self.model.config.text_config.hidden_size
         return torch.zeros(0, width, device=self.model.device, dtype=self.model.dtype)
 
+    @cached_property
+    def _prompts(self) -> "PromptWriter":
+        return PromptWriter(self.processor, self.model.config.memory_token_id)
+
     def _inputs(self, content: list[dict]) -> dict[str, torch.Tensor]:
-        """
-        The tensors that the processor gives for the whole conversation, but for `memory_*`. The history is in them as
-        placeholders, so it need not be rendered: those of one utterance are repeated.
-        """
-        opening = [] if self.system is None else [{"role": "system", "content": self.system}]
-        turn = {"role": "user", "content": content}
+        """Return the processor's tensors for the whole conversation, without `memory_*`."""
         count = len(self._memory.vectors)
-        if count and self._repeats_placeholders:
-            sample = self.processor.prepare([*opening, SOME_HISTORY, turn])
-            sample["input_ids"] = self._repeat_placeholder(sample["input_ids"], count)
-        else:
-            earlier = self._memory.messages[-count:] if count else []
-            sample = self.processor.prepare([*opening, *earlier, turn])
+        earlier = self._memory.messages[-count:] if count else []
+        sample = self._prompts.write(self.system, earlier, {"role": "user", "content": content})
         return self.processor.pad([{**sample, "memory_input_ids": []}])
 
-    def _repeat_placeholder(self, ids: list[int], count: int) -> list[int]:
-        placeholder = self.model.config.memory_token_id
-        place = ids.index(placeholder)
-        return [*ids[:place], *[placeholder] * count, *ids[place + 1 :]]
-
-    @cached_property
-    def _repeats_placeholders(self) -> bool:
-        """Whether the history enters the processor's prompt as a run of placeholders and in no other way, as it does in
-        this project's template. With another, the whole history is rendered at every turn."""
-        one, two = (self.processor.prepare([*h, SOME_TURN])["input_ids"] for h in ([SOME_HISTORY], MORE_HISTORY))
-        return one.count(self.model.config.memory_token_id) == 1 and self._repeat_placeholder(one, 2) == two
-
     def _text_tokens(self, messages: list[dict]) -> int:
-        """How many tokens the utterances take in a prompt that has the history as text."""
+        """Return the number of tokens of the utterances in a prompt with the history as text."""
         prompt = self.processor.prepare([*messages, SOME_TURN], history="text")
         return len(prompt["input_ids"]) - self._tokens_without_history
 
@@ -315,6 +437,8 @@ class ChatSession:
             content.append({"type": "text", "text": text})
         inputs = self._inputs(content)
         ids = inputs["input_ids"][0]
+        if generate_kwargs.get("do_sample") is False and "generation_config" not in generate_kwargs:
+            generate_kwargs = plain_decoding(**generate_kwargs)
         arguments = dict(generate_kwargs)
         if not arguments.keys() & {"max_length", "generation_config"}:
             arguments.setdefault("max_new_tokens", 128)
@@ -324,10 +448,10 @@ class ChatSession:
         streams, keeps = _abilities(self.model, generate_kwargs)
         cache, reused = self._take_prefix(ids) if keeps else (None, 0)
         if cache is not None:
-            arguments["past_key_values"] = cache
+            arguments[CACHE] = cache
         there = int((ids[:reused] == self.model.config.memory_token_id).sum())
         if new := self._memory.vectors[there:]:
-            arguments["memory_embeds"] = self._stack(new)[None]
+            arguments["memory_vectors"] = self._stack(new)[None]
         arguments |= inputs.to(self.model.device)
         return _Turn(text or "", ids, arguments, streams, cache, reused, clock)
 
@@ -335,8 +459,8 @@ class ChatSession:
 
     def _take_prefix(self, ids: torch.Tensor) -> tuple[DynamicCache | None, int]:
         """
-        A cache of the longest beginning of the prompt that was processed before, and its length. It shares the kept
-        tensors but never writes into them: what is kept stays, whatever becomes of the turn.
+        Return a cache of the longest prefix of the prompt that was processed before, and its length. The cache shares
+        the kept tensors but never writes into them, so the kept prefix stays valid even if the turn fails.
         """
         prefix = self._memory.prefix
         if prefix is None:
@@ -345,7 +469,7 @@ class ChatSession:
             return (cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None), 0
         shared = min(len(prefix.ids), len(ids) - 1)  # at least one position gives the first token's scores
         differs = ids[:shared] != prefix.ids[:shared]
-        if prefix.dropped != self._memory.dropped:  # the same placeholders, but of other vectors
+        if prefix.dropped != self._memory.dropped:  # the placeholders are equal, but belong to other vectors
             differs |= ids[:shared] == self.model.config.memory_token_id
         shared = _first(differs)
         cache = copy.copy(prefix.cache)
@@ -364,14 +488,15 @@ class ChatSession:
     # ------------------------------------------------------------------ generation and memory
 
     def _generate(self, turn: _Turn, **more) -> torch.Tensor:
-        """The new tokens (length,)."""
+        """Generate the reply and return its new tokens (length,)."""
         turn.clock.start()
         output = self.model.generate(**turn.arguments, **more)
         output = output if isinstance(output, torch.Tensor) else output.sequences
         return output[0, len(turn.ids) :]
 
-    def _decode(self, tokens) -> str:
-        return self.processor.decode(tokens, skip_special_tokens=True)
+    @cached_property
+    def _decode(self) -> WrittenDecoder:
+        return WrittenDecoder(self.processor.tokenizer)
 
     def _finish(self, turn: _Turn, reply: str, seconds: float) -> None:
         started, before = time.perf_counter(), self._memory
@@ -388,7 +513,7 @@ class ChatSession:
         self._memory = memory
 
     def _read(self, messages: list[dict]) -> _Memory:
-        """The memory with some more utterances."""
+        """Return the memory after reading more utterances."""
         if not messages:
             return self._memory
         before, encode = self._memory, self.processor.encode_utterance
@@ -397,30 +522,26 @@ class ChatSession:
         new = self.model.append_to_memory(state, torch.tensor([ids], device=self.model.device))
         all_messages = [*before.messages, *messages]
         vectors = [*before.vectors, *new.to(self.model.dtype)]
-        if self.max_memories is not None:
-            # How many leave depends on the number of utterances alone, not on the turns that brought them.
-            block = max(1, self.max_memories // 4)
-            leave = -(-max(0, len(all_messages) - self.max_memories) // block) * block
-            vectors = vectors[max(0, leave - before.dropped) :]
+        vectors = vectors[max(0, dropped_memories(len(all_messages), self.max_memories) - before.dropped) :]
         return _Memory(all_messages, state, vectors, before.text_tokens + self._text_tokens(messages), before.prefix)
 
 
-# ---------------------------------------------------------------------- around `generate`
+# ---------------------------------------------------------------------- helpers for `generate`
 
 
 def _abilities(model, generate_kwargs: dict) -> tuple[bool, bool]:
-    """Whether `generate` takes a streamer with these arguments, and whether it can go on from a key-value prefix."""
+    """Whether `generate` supports a streamer with these arguments, and whether it can start from a cached prefix."""
     config = copy.copy(generate_kwargs.get("generation_config") or model.generation_config)
     vars(config).update({key: value for key, value in generate_kwargs.items() if key in vars(config)})
     mode = config.get_generation_mode(generate_kwargs.get("assistant_model"))
     plain = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
     own = generate_kwargs.get("custom_generate") is None and config.num_return_sequences in (None, 1)
     cached = config.use_cache is not False and config.cache_implementation is None
-    return plain and own, plain and own and cached and "past_key_values" not in generate_kwargs
+    return plain and own, plain and own and cached and not generate_kwargs.keys() & {"cache", "past_key_values"}
 
 
 class _Clock(LogitsProcessor):
-    """Changes no score; notes when the first token's scores are there."""
+    """Record when the first token's logits are ready; the logits do not change."""
 
     def start(self) -> None:
         self.started, self.seconds = time.perf_counter(), None
@@ -434,28 +555,28 @@ class _Clock(LogitsProcessor):
 
 
 class _Stopped(Exception):
-    """Ends `generate` where its reply is wanted no more."""
+    """Raised inside `generate` to stop it when the reply is no longer needed."""
 
 
 class _Writer(BaseStreamer):
-    """Runs one `generate` in a thread of its own and hands over its text, as far as later tokens cannot change it."""
+    """Run one `generate` call in a separate thread and emit its text once later tokens can no longer change it."""
 
     def __init__(self, session: ChatSession, turn: _Turn):
-        self.decode = session._decode
+        self.text = ReplyText(session._decode)
         self.other = turn.arguments.pop("streamer", None)
         self.queue, self.stopped = SimpleQueue(), Event()
-        self.tokens, self.at_prompt = [], True
-        self.start = self.read = 0  # tokens[start:read] were handed over, and are decoded with those that follow
-        self.outcome: tuple | BaseException | None = None
+        self.at_prompt = True
+        self.outcome: float | BaseException | None = None
         device = session.model.device.type
-        # Threads do not inherit these.
+        # A new thread does not inherit the autocast and inference modes.
         autocast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         inference = torch.inference_mode(torch.is_inference_mode_enabled())
 
         def run():
             try:
                 with inference, autocast:
-                    self.outcome = session._generate(turn, streamer=self), time.perf_counter()
+                    session._generate(turn, streamer=self)
+                self.outcome = time.perf_counter()
             except BaseException as error:
                 self.outcome = error
             finally:
@@ -472,44 +593,35 @@ class _Writer(BaseStreamer):
         if self.at_prompt:
             self.at_prompt = False
             return
-        self.tokens += value.flatten().tolist()
-        handed_over, text = self.decode(self.tokens[self.start : self.read]), self.decode(self.tokens[self.start :])
-        # A character of several bytes may be complete only with the next token.
-        if len(text) > len(handed_over) and not text.endswith("\ufffd"):
-            self.start, self.read = self.read, len(self.tokens)
-            self.queue.put(text[len(handed_over) :])
+        if piece := self.text.add(value.flatten().tolist()):
+            self.queue.put(piece)
 
     def end(self) -> None:
         if self.other is not None:
             self.other.end()
 
     def pieces(self) -> Iterator[str]:
-        """The text without white space at its ends."""
+        """Yield the pieces of the reply."""
         self.thread.start()
-        begun, space = False, ""
-        while (text := self.queue.get()) is not None:
-            text = space + text if begun else text.lstrip()
-            piece = text.rstrip()
-            space = text[len(piece) :]
-            if piece:
-                begun = True
-                yield piece
+        while (piece := self.queue.get()) is not None:
+            yield piece
 
     def stop(self) -> None:
-        """Ends the thread."""
+        """Stop the generation and wait for the thread."""
         self.stopped.set()
         if self.thread.ident is not None:
             self.thread.join()
 
-    def result(self) -> tuple[torch.Tensor, float]:
-        """The new tokens (length,), and when the last one was there. Raises what `generate` raised."""
+    def result(self) -> float:
+        """Return the time when the last token was ready. Raises errors of `generate`."""
         if isinstance(self.outcome, BaseException):
             raise self.outcome
+        assert self.outcome is not None
         return self.outcome
 
 
 def _first(mask: torch.Tensor) -> int:
-    """The index of the first True of a mask (length,), or its length."""
+    """Return the index of the first True in a mask (length,), or its length if there is none."""
     there = mask.nonzero()
     return int(there[0]) if len(there) else len(mask)
 

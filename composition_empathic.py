@@ -1,9 +1,10 @@
-"""How a model is put together: from four pretrained parts, or from the folder of a training stage and its base."""
+"""Compose a model from four pretrained parts, or from a training stage's folder and its base."""
 
 import json
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -12,17 +13,21 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers import initialization as init
 from transformers.utils import cached_file, is_peft_available
 
+from .chat_format_empathic import find_chat_format, find_end_of_turn
 from .configuration_empathic import HUB_KEYS, MEM_TOKEN, EmpathicConfig, find_placeholder_tokens
 from .memory_empathic import use_exact_layers
 
-# What a training stage leaves: `STAGE_FILE` names the stage, its base and the tensors in `PARTS_FILE`; a PEFT adapter
-# stands beside them where the stage trained one.
+# Files in the output folder of a training stage: `STAGE_FILE` names the stage, its base and the tensors in
+# `PARTS_FILE`. If the stage trained a PEFT adapter, the folder holds it too.
 STAGE_FILE = "empathic_stage.json"
 PARTS_FILE = "trained_parts.safetensors"
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
-ADAPTER_PREFIX = "base_model.model."  # of a PEFT model's keys
+ADAPTER_PREFIX = "base_model.model."  # prefix of the keys in a PEFT checkpoint
 
-# Prefixes of the tensors that come from the four pretrained parts; everything else is new in a composed model.
+# The arguments of `from_parts_pretrained` that name a pretrained part, by folder or Hub id.
+PART_NAMES = ("text", "vision", "audio", "memory")
+
+# Prefixes of the tensors that come from the four pretrained parts; a composed model initializes all other tensors.
 PRETRAINED_PREFIXES = (
     "model.language_model.",
     "lm_head.",
@@ -31,35 +36,38 @@ PRETRAINED_PREFIXES = (
     "model.memory.mamba.",
 )
 
-# Arguments of `from_pretrained` that, beside `HUB_KEYS`, say how to fetch files of one repository only.
+# Arguments of `from_pretrained` that select files within one repository, so they must not reach another repository.
 REPOSITORY_KEYS = ("revision", "subfolder")
 
 
 def find_file(path: str, name: str, **hub) -> str | None:
-    """A file of a local folder or a Hub repository, or None. `hub`: `HUB_KEYS` and `REPOSITORY_KEYS`."""
+    """Find a file in a local folder or a Hub repository; None if missing. `hub`: `HUB_KEYS`, `REPOSITORY_KEYS`."""
     return cached_file(
         path, name, _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False, **hub
     )
 
 
 def read_stage(path: str, **hub) -> dict | None:
-    """The stage file of a folder or Hub repository: `stage`, `base` (a folder, an id or the four parts), `trained`."""
+    """
+    Read the stage file: `stage`, `base` (a folder, an id or the four parts), `base_revision` (if the base is not the
+    newest of its id), `trained`; None if there is no file.
+    """
     file = find_file(str(path), STAGE_FILE, **hub)
     return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
 
 
 def resolve_base(path: str, base: str) -> str:
-    """A stage's base: a folder named relative to the stage's own, or else as it stands (an absolute path or an id)."""
+    """Resolve a stage's base: a path relative to the stage's folder, or else unchanged (an absolute path or an id)."""
     beside = Path(path) / base
     return str(beside.resolve()) if beside.is_dir() else base
 
 
 def check_tensors(file: str, tensors: dict[str, torch.Tensor], shapes: dict[str, torch.Size | None]) -> None:
     """
-    Compares what a file holds with the shapes that a model has under the same keys (None: it has no such tensor).
+    Compare the tensors of a file with the model's shapes under the same keys (None: the model has no such tensor).
 
     Raises:
-        ValueError: naming the keys that are missing, unexpected, or of another shape.
+        ValueError: if keys are missing, unexpected, or of another shape; the message names them.
     """
     known = {key: shape for key, shape in shapes.items() if shape is not None}
     problems = {
@@ -74,23 +82,25 @@ def check_tensors(file: str, tensors: dict[str, torch.Tensor], shapes: dict[str,
 
 def load_parts(model, path: str, names: list[str], **hub) -> None:
     """
-    Puts the tensors of a stage's `trained_parts.safetensors` into the model.
+    Load the tensors of a stage's `trained_parts.safetensors` into the model.
 
     Raises:
-        ValueError: naming the keys that are missing, unexpected, or of another shape.
+        ValueError: if the file is missing, if keys are missing, unexpected, or of another shape (the message names
+            them), or if a tensor's parameter is offloaded.
     """
     file = find_file(path, PARTS_FILE, **hub)
     if file is None:
         raise ValueError(
-            f"{path} names {len(names)} trained tensors but holds no {PARTS_FILE}: the folder is incomplete."
+            f"{path} names {len(names)} trained tensors but has no {PARTS_FILE}: the folder is incomplete. Copy or "
+            "download it again."
         )
     tensors, state = load_file(file), dict(model.named_parameters())
     check_tensors(file, tensors, {name: state[name].shape if name in state else None for name in names})
     offloaded = [name for name in names if state[name].is_meta]
     if offloaded and hasattr(model, "hf_device_map"):
         raise ValueError(
-            f"{path}: `device_map` has offloaded {offloaded[0]}, which then cannot take its trained value. Load a "
-            "whole model that `empathic merge` made of this folder, or load without offloading."
+            f"{path}: `device_map` offloaded {offloaded[0]}, so its trained value cannot be loaded. Make a whole model "
+            "of this folder with `empathic merge` and load that, or load without offloading."
         )
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -99,19 +109,20 @@ def load_parts(model, path: str, names: list[str], **hub) -> None:
 
 def load_adapter(model, path: str, load, **hub) -> None:
     """
-    Puts the PEFT adapter of a folder or Hub repository into the model.
+    Load the PEFT adapter of a folder or Hub repository into the model.
 
     Args:
-        load: does it; what PEFT and transformers then only warn of is an error here.
+        load: the function that loads the adapter. PEFT and transformers only warn about keys that do not match; here
+            they are an error.
 
     Raises:
-        ValueError: naming the keys that are missing, unexpected, or of another shape, as where the adapter was trained
-            on another base.
+        ValueError: if keys are missing, unexpected, or of another shape, for example because the adapter was trained on
+            another base; the message names the keys.
     """
     file, error = find_file(path, ADAPTER_FILE, **hub), None
     try:
         load()
-    except RuntimeError as raised:  # another shape: by now the adapter's layers are there to compare with
+    except RuntimeError as raised:  # another shape: the adapter's layers exist by now, so the keys can be compared
         error = raised
     if file is not None and is_peft_available():
         from peft import get_peft_model_state_dict
@@ -126,49 +137,65 @@ def load_adapter(model, path: str, load, **hub) -> None:
 
 def check_head(language_model, text: str) -> None:
     """
-    Raises `ValueError` if a causal LM's scores are more than its head's matrix times its last hidden states: what it
-    adds, such as a bias, a scale or a cap, would be lost in a model of which it is a part.
+    Raise `ValueError` if a causal LM's logits are not just its head's matrix times its last hidden states: a bias, a
+    scale or a cap would be lost in the composed model.
     """
-    head, seen = language_model.get_output_embeddings(), []
-    hook = language_model.base_model.register_forward_hook(lambda module, args, output: seen.append(output[0]))
-    ids = torch.arange(8, device=language_model.device)[None]
-    try:
-        with torch.no_grad():
-            scores = language_model(input_ids=ids).logits
-            plain = head(seen[0])
-    finally:
-        hook.remove()
+    head, ids = language_model.get_output_embeddings(), torch.arange(8, device=language_model.device)[None]
+    with torch.no_grad():
+        scores, plain = language_model(input_ids=ids).logits, head(language_model.base_model(input_ids=ids)[0])
     if head.bias is not None or not torch.allclose(scores.float(), plain.float(), rtol=1e-4, atol=1e-5):
         raise ValueError(
-            f"{text}: {type(language_model).__name__} adds a bias to its head's scores, scales or caps them, which "
-            "this model would lose. Take a language model whose head is a matrix alone, as Qwen2.5's or Llama's."
+            f"{text}: {type(language_model).__name__} adds a bias to its logits, scales or caps them, which the "
+            "composed model does not support. Use a language model whose head is only a matrix, such as Qwen2.5 or "
+            "Llama."
         )
+
+
+def embedding_scale(language_model) -> float:
+    """
+    Measure the root mean square of the vectors that the language model's embedding module gives, which may scale its
+    weights (as Gemma 3's does): the median over the vocabulary.
+    """
+    embeddings = language_model.get_input_embeddings()
+    ids = torch.arange(embeddings.num_embeddings, device=embeddings.weight.device)
+    with torch.no_grad():
+        width = embeddings(ids[:1]).shape[-1]
+        norms = torch.cat([embeddings(part).float().norm(dim=-1) for part in ids.split(8192)])
+    return (norms.median() / width**0.5).item()
+
+
+def end_generation_at(generation_config, token_id: int) -> None:
+    """Add a token to those that end a reply, if it is not among them."""
+    ends = generation_config.eos_token_id
+    ends = [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]
+    if token_id not in ends:
+        generation_config.eos_token_id = [*ends, token_id]
 
 
 class CompositionMixin:
     """`from_parts_pretrained`, and a `from_pretrained` that also loads the output folder of a training stage."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> Any:
         """
-        As in transformers; a folder or repository of a training stage loads its base first, then the tensors and the
-        adapter that the stage trained.
+        As in transformers. For the folder or repository of a training stage, load its base first, then the tensors and
+        the adapter that the stage trained.
 
         Raises:
-            ValueError: for a checkpoint that lacks tensors of the model or holds others, of which transformers only
-                warns; for a stage of another base; for options that its base of four parts cannot be loaded with.
+            ValueError: for a checkpoint with missing or unexpected tensors (transformers only warns about them); for a
+                stage that does not fit its base; for options that are not supported with a base of four parts.
         """
         path = str(pretrained_model_name_or_path)
         hub = {key: kwargs[key] for key in HUB_KEYS + REPOSITORY_KEYS if kwargs.get(key) is not None}
         stage = read_stage(path, **hub)
         if stage is None:
             return cls._whole(path, *args, **kwargs)
-        # The auto classes name an adapter apart from the path: this folder's own, or one that was trained on it.
+        # The auto classes pass an adapter separately: this folder's own adapter, or one that was trained on the folder.
         adapter_kwargs = dict(kwargs.pop("adapter_kwargs", None) or {})
         other_adapter = adapter_kwargs.pop("_adapter_model_path", None)
         for key in REPOSITORY_KEYS:
             kwargs.pop(key, None)
-        config = kwargs.pop("config", None)  # the base brings its own; the auto classes leave the attention in this one
+        config = kwargs.pop("config", None)  # the base has its own; the auto classes put attn_implementation into it
         if config is not None and "attn_implementation" not in kwargs:
             asked = {key: getattr(config, key)._attn_implementation for key in config.sub_configs}
             asked = {key: value for key, value in {"": config._attn_implementation, **asked}.items() if value}
@@ -176,7 +203,7 @@ class CompositionMixin:
                 kwargs["attn_implementation"] = asked
         info = None
         if isinstance(stage["base"], dict):
-            base = {key: resolve_base(path, v) if isinstance(v, str) else v for key, v in stage["base"].items()}
+            base = stage["base"] | {name: resolve_base(path, stage["base"][name]) for name in PART_NAMES}
             asked = {key: value for key, value in kwargs.items() if value is not None and not key.startswith("_")}
             options = {
                 k: asked.pop(k) for k in ("dtype", "torch_dtype", "attn_implementation", *HUB_KEYS) if k in asked
@@ -184,13 +211,16 @@ class CompositionMixin:
             other = sorted(asked.keys() - {"output_loading_info", "trust_remote_code", "code_revision"})
             if other:
                 raise ValueError(
-                    f"{path} starts from four pretrained parts, which are not loaded with {', '.join(other)}. Load a "
-                    "whole model that `empathic merge` made of it, or load it plainly and move it with `.to()`."
+                    f"{path} starts from four pretrained parts, which cannot be loaded with {', '.join(other)}. Make a "
+                    "whole model of it with `empathic merge` and load that, or load it without these options and move "
+                    "it with `.to()`."
                 )
             model = cls.from_parts_pretrained(**{**base, **options})
             if kwargs.get("output_loading_info"):  # each part raises if it lacks a tensor
                 info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
         else:
+            if stage.get("base_revision") is not None:
+                kwargs["revision"] = stage["base_revision"]
             model = cls.from_pretrained(resolve_base(path, stage["base"]), *args, **kwargs)
             if kwargs.get("output_loading_info"):
                 model, info = model
@@ -200,8 +230,8 @@ class CompositionMixin:
             load_adapter(model, path, partial(model.load_adapter, path, adapter_kwargs=hub), **hub)
         elif not stage["trained"]:
             raise ValueError(
-                f"{path} is the folder of the stage {stage['stage']!r}, but it names no trained tensors and holds no "
-                f"{ADAPTER_CONFIG}: the folder is incomplete."
+                f"{path} is the folder of the stage {stage['stage']!r}, but it names no trained tensors and has no "
+                f"{ADAPTER_CONFIG}: the folder is incomplete. Copy or download it again."
             )
         if other_adapter is not None and str(other_adapter) != path:
             load = partial(model.load_adapter, other_adapter, adapter_kwargs=adapter_kwargs)
@@ -209,8 +239,8 @@ class CompositionMixin:
         return model if info is None else (model, info)
 
     @classmethod
-    def _whole(cls, path: str, *args, output_loading_info: bool = False, **kwargs):
-        """A whole checkpoint. Who asks for the loading info looks at what it lacks; everyone else gets an error."""
+    def _whole(cls, path: str, *args, output_loading_info: bool = False, **kwargs) -> Any:
+        """Load a whole checkpoint. Missing or unexpected tensors are an error unless `output_loading_info` is set."""
         model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         if output_loading_info:
             return model, info
@@ -218,8 +248,8 @@ class CompositionMixin:
         if any(problems.values()):
             found = "; ".join(f"{kind}: {', '.join(sorted(keys))}" for kind, keys in problems.items() if keys)
             raise ValueError(
-                f"{path} does not hold the tensors of this model ({found}). Download or save it again; to load it as "
-                "it is, new tensors for those that are missing, pass output_loading_info=True."
+                f"{path} does not hold the tensors of this model ({found}). Download or save it again. To load it "
+                "anyway, with newly initialized values for missing tensors, pass output_loading_info=True."
             )
         return model
 
@@ -235,36 +265,40 @@ class CompositionMixin:
         video_token: str | None = None,
         audio_token: str | None = None,
         memory_token: str | None = None,
+        chat_template: str | None = None,
         **kwargs,
     ):
         """
-        Composes a model from four pretrained parts; the Q-formers, queries, projectors and the `<MEM>` vector are new.
+        Compose a model from four pretrained parts. The Q-formers, queries, projectors and the `<MEM>` embedding are
+        newly initialized.
 
         Args:
             text, vision, audio, memory: Hub ids or folders of a causal LM, a CLIP model, a Whisper model and a Mamba or
-                Mamba-2 model; in the paper Qwen/Qwen2.5-7B-Instruct, openai/clip-vit-base-patch32,
-                openai/whisper-tiny, state-spaces/mamba-370m-hf.
-            dtype: of all weights.
-            attn_implementation: of the parts that support it.
-            video_token, audio_token, memory_token: placeholders, see `EmpathicProcessor`.
-            kwargs: further arguments of [`EmpathicConfig`], such as `num_query_tokens`; how to fetch files from the
-                Hub (`HUB_KEYS`), such as `token`, which is not kept.
+                Mamba-2 model. The paper uses Qwen/Qwen2.5-7B-Instruct, openai/clip-vit-base-patch32,
+                openai/whisper-tiny and state-spaces/mamba-370m-hf.
+            dtype: the dtype of all weights.
+            attn_implementation: the attention implementation of the parts that support it.
+            video_token, audio_token, memory_token: placeholder tokens, see `EmpathicProcessor`.
+            chat_template: the language model's chat template, see `EmpathicProcessor.from_parts_pretrained`.
+            kwargs: further arguments of [`EmpathicConfig`], such as `num_query_tokens`, and options for the download
+                from the Hub (`HUB_KEYS`), such as `token`, which are not saved.
 
         Raises:
             TypeError: for any other argument.
-            ValueError: for a language model whose head is more than a matrix.
+            ValueError: for a language model whose head is not just a matrix, or whose tokenizer has no placeholder
+                tokens or no chat format.
         """
         hub = {key: kwargs.pop(key) for key in HUB_KEYS if key in kwargs}
         dtype = kwargs.pop("torch_dtype", dtype)  # its name in older code
         unknown = sorted(kwargs.keys() - {field.name for field in fields(EmpathicConfig)})
         if unknown:
-            raise TypeError(f"from_parts_pretrained() has no argument {', '.join(unknown)}.")
+            raise TypeError(f"from_parts_pretrained() got unexpected arguments: {', '.join(unknown)}.")
         options = {"dtype": dtype, **hub}
         if attn_implementation is not None:
             options["attn_implementation"] = attn_implementation
         language_model = AutoModelForCausalLM.from_pretrained(text, **options)
         check_head(language_model, text)
-        options["dtype"] = language_model.dtype  # the same for all, also where `dtype` is "auto"
+        options["dtype"] = language_model.dtype  # all parts get the same dtype, even if `dtype` is "auto"
         if AutoConfig.from_pretrained(vision, **hub).model_type == "clip":  # a whole CLIP, with its text tower
             vision_tower = CLIPModel.from_pretrained(vision, **options).vision_model
         else:
@@ -272,25 +306,28 @@ class CompositionMixin:
         audio_tower = AutoModel.from_pretrained(audio, **options).get_encoder()
         mamba = AutoModel.from_pretrained(memory, dtype=language_model.dtype, **hub)
         for part in (language_model, vision_tower, audio_tower, mamba):
-            if Path(part.config.name_or_path).is_dir():  # a folder of this machine means nothing in a checkpoint
+            if Path(part.config.name_or_path).is_dir():  # a local path is useless in a checkpoint
                 part.config.name_or_path = ""
 
         tokenizer, memory_tokenizer = (AutoTokenizer.from_pretrained(name, **hub) for name in (text, memory))
         tokens = find_placeholder_tokens(tokenizer, video=video_token, audio=audio_token, memory=memory_token)
+        end_of_turn_id = tokenizer.convert_tokens_to_ids(
+            find_end_of_turn(tokenizer, find_chat_format(tokenizer, chat_template))
+        )
         ids = {f"{k}_token_id": tokenizer.convert_tokens_to_ids(token) for k, token in tokens.items()}
         if MEM_TOKEN not in memory_tokenizer.get_vocab():
             memory_tokenizer.add_special_tokens({"additional_special_tokens": [MEM_TOKEN]})
-        norms = language_model.get_input_embeddings().weight.float().norm(dim=-1)
+        scale = embedding_scale(language_model)
         config = EmpathicConfig(
             text_config=language_model.config,
             vision_config=vision_tower.config,
             audio_config=audio_tower.config,
             memory_config=mamba.config,
             mem_token_id=memory_tokenizer.convert_tokens_to_ids(MEM_TOKEN),
-            embedding_scale=(norms.median() / language_model.config.hidden_size**0.5).item(),
+            embedding_scale=scale,
             **{**ids, **kwargs},
         )
-        # The pretrained parts take the place of theirs before anything is initialised: only what is new is.
+        # The pretrained parts replace the empty parts first, so that only the new parameters are initialized.
         with init.no_init_weights():
             model = cls._from_config(config, dtype=language_model.dtype, attn_implementation=attn_implementation)
         model.model.language_model, model.lm_head = language_model.base_model, language_model.get_output_embeddings()
@@ -302,5 +339,6 @@ class CompositionMixin:
         model.initialize_weights()
         model.tie_weights()
         model.generation_config = language_model.generation_config
+        end_generation_at(model.generation_config, end_of_turn_id)
         model.suppress_placeholders()
         return model.eval()

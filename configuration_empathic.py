@@ -1,18 +1,20 @@
-"""Configuration of the empathic model: its four pretrained parts, its Q-formers and its emotions."""
+"""Configuration of the empathic model: the four pretrained parts, the Q-formers and the emotions."""
 
 from transformers import AutoConfig, Blip2QFormerConfig, CLIPVisionConfig, PreTrainedConfig, WhisperConfig
-from transformers.configuration_utils import SubConfigSpec
 
-# The paper's seven categories (Sec. 3.1). `calm` of its Tables 4 and 7 is not among them.
+# The paper's seven categories (Sec. 3.1); `calm` appears only in its Tables 4 and 7.
 EMOTIONS = ("angry", "disgust", "fearful", "happy", "neutral", "sad", "surprise")
 
-# Closes every utterance in the memory encoder's vocabulary (Sec. 3.2).
+# Ends every utterance in the memory encoder's vocabulary (Sec. 3.2).
 MEM_TOKEN = "<MEM>"
 
-# Arguments of `from_pretrained` that say how to fetch files from the Hub.
+# What Whisper's encoder gets of a clip: whole windows of 30 seconds, or the clip alone.
+AUDIO_WINDOWS = ("full", "clip")
+
+# Arguments of `from_pretrained` that control how files are fetched from the Hub.
 HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 
-# Where the auto classes find the code that travels with a checkpoint.
+# Tells the auto classes where to find the code that is saved with a checkpoint.
 AUTO_MAP = {
     "AutoConfig": "configuration_empathic.EmpathicConfig",
     "AutoModel": "modeling_empathic.EmpathicModel",
@@ -20,7 +22,7 @@ AUTO_MAP = {
     "AutoProcessor": "processing_empathic.EmpathicProcessor",
 }
 
-# Tokens of a text tokenizer that no text uses, in order of preference; a vector takes the place of each.
+# Unused special tokens of known text tokenizers, in order of preference; vectors replace them in the prompt.
 PLACEHOLDER_CANDIDATES = {
     "video": ("<|video_pad|>",),
     "audio": ("<|audio_pad|>", "<|vision_pad|>"),
@@ -28,19 +30,28 @@ PLACEHOLDER_CANDIDATES = {
 }
 
 
+def _unused_tokens(tokenizer, taken: list) -> str:
+    """Name special tokens that look unused: neither the tokenizer uses them, nor its chat template."""
+    template = str(tokenizer.chat_template or "")
+    used = {value for value in tokenizer.special_tokens_map.values() if isinstance(value, str)}
+    special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+    unused = [token for token in special if token not in used and token not in taken and token not in template]
+    return f", such as {', '.join(unused[:6])}" if unused else " (it seems to have no unused special token)"
+
+
 def find_placeholder_tokens(tokenizer, **chosen: str | None) -> dict[str, str]:
     """
-    The text tokenizer's placeholder token of each modality.
+    Find the text tokenizer's placeholder token for each modality.
 
     Args:
-        tokenizer: the text LLM's tokenizer; it is not changed, so that its embedding never grows.
+        tokenizer: the text LLM's tokenizer. It is not changed, so that the LLM's embedding table never grows.
         chosen: `video=`, `audio=`, `memory=`: a token to use instead of the known candidates.
 
     Returns:
         `{"video": token, "audio": token, "memory": token}`.
 
     Raises:
-        ValueError: if a token is not one entry of the vocabulary, or serves two modalities.
+        ValueError: if a token is not in the vocabulary, or would be used for two modalities.
     """
     vocabulary = tokenizer.get_vocab()
     tokens = {}
@@ -49,16 +60,61 @@ def find_placeholder_tokens(tokenizer, **chosen: str | None) -> dict[str, str]:
         found = [token for token in candidates if token in vocabulary and token not in tokens.values()]
         if not found:
             raise ValueError(
-                f"The text tokenizer {tokenizer.name_or_path!r} has none of {list(candidates)} to stand for {modality} "
-                f"vectors. Name an unused special token of its vocabulary with `{modality}_token=`."
+                f"The text tokenizer {tokenizer.name_or_path!r} has none of {list(candidates)} as the placeholder of "
+                f"{modality} vectors. Name an unused special token of its vocabulary with `{modality}_token=`"
+                f"{_unused_tokens(tokenizer, [*chosen.values(), *tokens.values()])}."
             )
         tokens[modality] = found[0]
     return tokens
 
 
+# The configuration class and the default values of each part of the model. transformers has `SubConfigSpec` for this
+# purpose from 5.20 on.
+_QFORMER = {"num_hidden_layers": 6, "num_attention_heads": 8}
+_PARTS = {
+    "text_config": (
+        AutoConfig,
+        {
+            "model_type": "qwen2",
+            "vocab_size": 152064,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+            "rms_norm_eps": 1e-6,
+        },
+    ),
+    "vision_config": (CLIPVisionConfig, {}),
+    "audio_config": (
+        WhisperConfig,
+        {"d_model": 384, "encoder_layers": 4, "encoder_attention_heads": 6, "encoder_ffn_dim": 1536},
+    ),
+    "memory_config": (
+        AutoConfig,
+        {"model_type": "mamba", "vocab_size": 50280, "hidden_size": 1024, "num_hidden_layers": 48},
+    ),
+    "video_qformer_config": (Blip2QFormerConfig, _QFORMER),
+    "audio_qformer_config": (Blip2QFormerConfig, _QFORMER),
+}
+
+
+def _part_config(key: str, value: dict | PreTrainedConfig | None) -> PreTrainedConfig:
+    """Build the configuration of one part from the value that the caller gave."""
+    if isinstance(value, PreTrainedConfig):
+        return value
+    if not isinstance(value, dict | None):
+        raise TypeError(f"{key} is a {type(value).__name__}; give a configuration, a dict or None.")
+    config_class, default = _PARTS[key]
+    options = dict(default if value is None else value)
+    model_type = options.pop("model_type", default.get("model_type"))
+    return AutoConfig.for_model(model_type, **options) if config_class is AutoConfig else config_class(**options)
+
+
 class EmpathicConfig(PreTrainedConfig):
     r"""
-    Configuration of [`EmpathicForConditionalGeneration`]. The defaults are the paper's (Sec. 4.2).
+    Configuration of [`EmpathicForConditionalGeneration`]. The defaults are the paper's settings (Sec. 4.2).
 
     Args:
         text_config (`PreTrainedConfig` or `dict`, *optional*):
@@ -72,54 +128,30 @@ class EmpathicConfig(PreTrainedConfig):
         video_qformer_config, audio_qformer_config (`Blip2QFormerConfig` or `dict`, *optional*):
             The Q-formers; 6 layers and 8 heads by default. Their `encoder_hidden_size` follows the towers.
         num_query_tokens (`int`, *optional*, defaults to 32):
-            Learnable queries of each Q-former, and so vectors a clip gives for each modality.
+            Learnable queries of each Q-former, which is the number of vectors per clip and modality.
         num_frames (`int`, *optional*, defaults to 8):
-            Video frames the model looks at.
+            Number of frames sampled from a video.
+        audio_window (`str`, *optional*, defaults to `"full"`):
+            What Whisper's encoder gets: `full` windows of 30 seconds, most of them silence for a short clip, or the
+            `clip` alone.
+        standardize_features (`bool`, *optional*, defaults to `False`):
+            Whether the Q-formers get standardized outputs of the encoders. The first stage measures the mean and the
+            deviation of each channel over clips; the checkpoint holds them.
         video_token_id, audio_token_id, memory_token_id (`int`, *optional*):
-            Placeholders in the **text** vocabulary, one for every vector.
+            Ids of the placeholder tokens in the **text** vocabulary; a prompt has one placeholder per vector.
         mem_token_id (`int`, *optional*):
-            `<MEM>` in the **memory encoder's** vocabulary.
+            Id of `<MEM>` in the **memory encoder's** vocabulary.
         embedding_scale (`float`, *optional*):
-            Root mean square of the LLM's embedding entries, at which the projectors start; the text model's
+            Root mean square of the LLM's embedding entries, the initial scale of the projectors; the text model's
             `initializer_range` by default. `from_parts_pretrained` measures it.
 
     Raises:
-        ValueError: if a Q-former's `encoder_hidden_size` is not its tower's width.
+        TypeError: if the value for a part is not a configuration, a dict or None.
+        ValueError: if a Q-former's `encoder_hidden_size` is not its tower's width, or `audio_window` is unknown.
     """
 
     model_type = "empathic"
-    sub_configs_defaults = {
-        "text_config": SubConfigSpec(
-            AutoConfig,
-            model_type="qwen2",
-            init_kwargs={
-                "vocab_size": 152064,
-                "hidden_size": 3584,
-                "intermediate_size": 18944,
-                "num_hidden_layers": 28,
-                "num_attention_heads": 28,
-                "num_key_value_heads": 4,
-                "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
-                "rms_norm_eps": 1e-6,
-            },
-        ),
-        "vision_config": SubConfigSpec(CLIPVisionConfig),
-        "audio_config": SubConfigSpec(
-            WhisperConfig,
-            init_kwargs={"d_model": 384, "encoder_layers": 4, "encoder_attention_heads": 6, "encoder_ffn_dim": 1536},
-        ),
-        "memory_config": SubConfigSpec(
-            AutoConfig,
-            model_type="mamba",
-            init_kwargs={"vocab_size": 50280, "hidden_size": 1024, "num_hidden_layers": 48},
-        ),
-        "video_qformer_config": SubConfigSpec(
-            Blip2QFormerConfig, init_kwargs={"num_hidden_layers": 6, "num_attention_heads": 8}
-        ),
-        "audio_qformer_config": SubConfigSpec(
-            Blip2QFormerConfig, init_kwargs={"num_hidden_layers": 6, "num_attention_heads": 8}
-        ),
-    }
+    sub_configs = {key: config_class for key, (config_class, _) in _PARTS.items()}
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
@@ -129,6 +161,8 @@ class EmpathicConfig(PreTrainedConfig):
     audio_qformer_config: dict | PreTrainedConfig | None = None
     num_query_tokens: int = 32
     num_frames: int = 8
+    audio_window: str = "full"
+    standardize_features: bool = False
     video_token_id: int = 151656
     audio_token_id: int = 151654
     memory_token_id: int = 151655
@@ -144,6 +178,8 @@ class EmpathicConfig(PreTrainedConfig):
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         qformers = ("video_qformer_config", "audio_qformer_config")
         given = {key: getattr(self, key) for key in qformers}
+        for key in self.sub_configs:
+            setattr(self, key, _part_config(key, getattr(self, key)))
         super().__post_init__(**kwargs)
         for key, width in zip(qformers, (self.vision_config.hidden_size, self.audio_config.d_model), strict=True):
             qformer = getattr(self, key)
@@ -154,16 +190,18 @@ class EmpathicConfig(PreTrainedConfig):
                     f"{key}.encoder_hidden_size is {qformer.encoder_hidden_size}, but its tower's width is {width}. "
                     "Leave it out of the dict to let it follow the tower."
                 )
-        # Qwen2.5-0.5B ties its embeddings, 7B does not: the composite follows its text model.
+        # Qwen2.5-0.5B ties its embeddings, 7B does not: use the text model's setting.
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
+        if self.audio_window not in AUDIO_WINDOWS:
+            raise ValueError(f"audio_window is {self.audio_window!r}; it is one of {', '.join(AUDIO_WINDOWS)}.")
         if self.embedding_scale is None:
             self.embedding_scale = self.text_config.initializer_range
 
     @staticmethod
     def attn_implementation_by_part(value: str | dict | None) -> dict | None:
         """
-        Spreads one attention implementation over the parts: BLIP-2's Q-former has no flash attention (it takes sdpa),
-        and Mamba has no attention at all. A `dict` by part is passed through.
+        Choose the attention implementation of each part: BLIP-2's Q-former does not support flash attention and uses
+        sdpa instead, and Mamba has no attention. A `dict` by part is returned unchanged.
         """
         if not isinstance(value, str):
             return value
@@ -188,7 +226,7 @@ class EmpathicConfig(PreTrainedConfig):
 
 EmpathicConfig.register_for_auto_class()
 
-# The package registers its classes; a checkpoint's own copy of this file is found through its `auto_map`.
+# Only the package registers its classes; a checkpoint's copy of this file is found through its `auto_map`.
 if __name__ == "empathic.configuration_empathic":
     AutoConfig.register("empathic", EmpathicConfig, exist_ok=True)
 

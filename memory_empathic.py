@@ -1,13 +1,14 @@
 """The conversation memory: a Mamba encoder that turns each past utterance into one vector, in one pass or as a stream.
 
 The text `u1 <MEM> u2 <MEM> ... uk <MEM>` runs through Mamba-1 or Mamba-2, and the output at each `<MEM>`, projected to
-the language model's width, stands for the utterance before it. A Mamba layer looks back only through a short causal
-convolution and a linear recurrence, so everything it knows of the past fits into a `MemoryState` of constant size, and
-a conversation may be fed in any pieces.
+the language model's width, is the memory vector of the utterance before it. A Mamba layer sees the past only through a
+short causal convolution and a linear recurrence, so everything it knows fits into a `MemoryState` of constant size, and
+a conversation may be fed in pieces of any length.
 
-Weights, names and checkpoints stay exactly those of transformers' `MambaModel` and `Mamba2Model`. Only the mixers'
-forward is replaced, because transformers' own (a) drops Mamba-1's recurrent state when more than one token continues a
-cache, (b) lets padded steps decay the recurrent state, and (c) runs a Python loop over time under autograd on a CPU.
+Weights, names and checkpoints are exactly those of transformers' `MambaModel` and `Mamba2Model`. Only the forward of
+the mixers and norms is replaced, because transformers' mixers (a) drop Mamba-1's recurrent state when more than one
+token continues a cache, (b) let padded steps decay the recurrent state, and (c) run a Python loop over time under
+autograd on a CPU.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 from transformers.utils.import_utils import is_causal_conv1d_available, is_mamba_2_ssm_available, is_mamba_ssm_available
 
+from .compat_empathic import MAMBA_CACHE
 from .scan_empathic import selective_scan, ssd_scan, wide
 
 # ---------------------------------------------------------------------------------------- state, and the exact mixers
 
 
 class MemoryState:
-    """All that the memory encoder knows of a batch of conversations so far; its size does not grow with them.
+    """The memory encoder's state for a batch of conversations; its size does not grow with their length.
 
-    `conv` (layers, batch, conv_kernel - 1, channels) holds each layer's last inputs of the causal convolution, `ssm`
-    (layers, batch, ...) the recurrent states, never narrower than float32. Appending replaces these tensors and never
+    `conv` (layers, batch, conv_kernel - 1, channels) holds the last inputs of each layer's causal convolution, and
+    `ssm` (layers, batch, ...) the recurrent states in at least float32. Appending replaces these tensors and never
     writes into them.
     """
 
@@ -48,11 +50,11 @@ class MemoryState:
         return self.conv.device
 
     def fork(self) -> MemoryState:
-        """An independent copy: the conversation may go on in two ways."""
+        """Return an independent copy, with which the conversation can continue separately."""
         return MemoryState(self.conv.clone(), self.ssm.clone())
 
     def select(self, rows: list[int] | torch.Tensor) -> MemoryState:
-        """An independent copy of some of the conversations, in the order given; a row may be taken several times."""
+        """Return an independent copy of the given rows (conversations), in that order; rows may repeat."""
         rows = torch.as_tensor(rows, dtype=torch.long, device=self.device)
         return MemoryState(self.conv[:, rows], self.ssm[:, rows])
 
@@ -70,27 +72,32 @@ class MemoryState:
         return {"conv": self.conv, "ssm": self.ssm}
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
-        """Take over a saved state, with this state's device and dtype. ValueError if its keys or shapes differ."""
+        """Load a saved state, keeping this state's device and dtype. ValueError if the keys or shapes differ."""
         given, own = ({name: tuple(t.shape) for name, t in d.items()} for d in (state_dict, self.state_dict()))
         if given != own:
-            raise ValueError(f"memory state: {given} do not fit this state's {own}: same model, same batch size?")
+            raise ValueError(
+                f"The saved memory state has {given}, but this state has {own}. Use a state of the same model and the "
+                "same batch size."
+            )
         self.conv = state_dict["conv"].detach().to(self.conv, copy=True)
         self.ssm = state_dict["ssm"].detach().to(self.ssm, copy=True)
 
 
 class _Pass:
-    """What one pass carries to the mixers. It travels in transformers' `cache_params` slot, which reaches every mixer
-    through the blocks' own forward. Recomputation under gradient checkpointing reads and writes the same values."""
+    """The inputs and final states of the mixers in one forward pass. It is passed as transformers' cache argument,
+    which the blocks' forward hands to every mixer. Recomputation under gradient checkpointing reads and writes the
+    same values."""
 
     def __init__(self, real: torch.Tensor | None, start: MemoryState | None, layers: int):
-        self.real = real  # (batch, length), bool; None: nothing is padded
+        self.real = real  # (batch, length), bool, True for real tokens; None: no padding
         self.start = start
         self.conv_ends: list[torch.Tensor | None] = [None] * layers
         self.ssm_ends: list[torch.Tensor | None] = [None] * layers
 
     def convolve(self, x: torch.Tensor, conv: nn.Conv1d, layer: int) -> torch.Tensor:
-        """The causal depthwise convolution (batch, length, channels), from the carried inputs if there are any.
-        A few shifted products in float32: on a CPU faster than conv1d, and nothing is transposed."""
+        """Run the causal depthwise convolution over x (batch, length, channels), continuing from the state's inputs if
+        there is a state. It is a sum of shifted products in float32: faster than conv1d on a CPU, and without
+        transposes. A convolution that is more than its weight, such as one with an adapter, is called instead."""
         taps = conv.weight.shape[-1]
         length = x.shape[1]
         if self.start is None:
@@ -99,10 +106,12 @@ class _Pass:
             extended = torch.cat([self.start.conv[layer].to(x.dtype), x], dim=1)
             if self.real is None:
                 end = extended[:, length:].clone()
-            else:  # each row's last inputs, at its true end
+            else:  # the last inputs before the padding of each row
                 index = self.real.sum(1)[:, None] + torch.arange(taps - 1, device=x.device)
                 end = extended.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
             self.conv_ends[layer] = end
+        if not _is_plain(conv, nn.Conv1d):
+            return conv(extended.transpose(1, 2))[..., taps - 1 : taps - 1 + length].transpose(1, 2)
         extended, weight = wide(extended), wide(conv.weight[:, 0].t())
         out = extended[:, :length] * weight[0]
         if conv.bias is not None:
@@ -112,12 +121,14 @@ class _Pass:
         return out
 
     def stop_at_padding(self, delta: torch.Tensor) -> torch.Tensor:
-        """Time steps (batch, length, ...), 0 where padded, so that padding leaves the recurrent state as it is."""
+        """Set the time steps delta (batch, length, ...) of padding to 0, so that padding does not change the state."""
         return delta if self.real is None else delta.masked_fill(~self.real[..., None], 0)
 
-    def suits_kernels(self, hidden_states: torch.Tensor) -> bool:
-        """Whether transformers' forward can run this pass on mamba-ssm's kernels, which carry no state."""
+    def suits_kernels(self, hidden_states: torch.Tensor, mixer: nn.Module) -> bool:
+        """Whether transformers' forward can run this pass with mamba-ssm's kernels, which take no initial state and
+        read the weights of the mixer's layers, so that an adapter on a layer would have no effect."""
         plain = self.start is None and hidden_states.dtype != torch.float64
+        plain = plain and all(_is_plain(layer, nn.Conv1d, nn.Linear, _TimeStep) for layer in _weight_layers(mixer))
         return plain and _on_gpu(hidden_states) and is_causal_conv1d_available()
 
 
@@ -125,25 +136,45 @@ def _on_gpu(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda
 
 
-# The classes below keep the names of those they replace: FSDP's wrapping and device maps find layers by class name.
+def _is_plain(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a layer computes what one of these classes computes from its weight: it has no adapter and is not
+    quantized. (accelerate's hooks replace the `forward` of an instance and do not change the result.)"""
+    return type(layer).forward in [kind.forward for kind in kinds]
+
+
+def _weight_layers(mixer: nn.Module) -> list[nn.Module]:
+    """The layers of a mixer that have a matrix."""
+    return [layer for name, layer in mixer.named_children() if name == "conv1d" or name.endswith("_proj")]
+
+
+class _TimeStep(nn.Linear):
+    """The projection of a Mamba-1 mixer to its time steps. The bias is added in at least float32, as in mamba-ssm's
+    kernels: it holds time steps as small as 0.001, which 16 bits round too much."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return wide(F.linear(x, self.weight)) + wide(self.bias)
+
+
+# The classes below keep the names of the replaced classes: FSDP wrapping and device maps find layers by class name.
 
 
 class MambaMixer(modeling_mamba.MambaMixer):
-    """transformers' Mamba-1 mixer with exact states and padding, whenever a pass of `MambaCompressor` runs it."""
+    """transformers' Mamba-1 mixer, with exact states and padding when `MambaCompressor` runs it."""
 
-    def forward(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
-        if not isinstance(cache_params, _Pass):
-            return super().forward(hidden_states, cache_params, attention_mask, **kwargs)
-        if is_mamba_ssm_available() and cache_params.suits_kernels(hidden_states):
-            return super().forward(hidden_states, None, cache_params.real, **kwargs)
-        return self._scan(hidden_states, cache_params)
+    def forward(self, hidden_states, *args, **kwargs):
+        carried = kwargs.get(MAMBA_CACHE)
+        if not isinstance(carried, _Pass):
+            return super().forward(hidden_states, *args, **kwargs)
+        if is_mamba_ssm_available() and carried.suits_kernels(hidden_states, self):
+            return super().forward(hidden_states, attention_mask=carried.real)
+        return self._scan(hidden_states, carried)
 
-    @force_accelerate_hooks(["conv1d", "dt_proj"])
+    @force_accelerate_hooks("conv1d")
     def _scan(self, hidden_states: torch.Tensor, carried: _Pass) -> torch.Tensor:
         x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
         x = self.act(carried.convolve(x, self.conv1d, self.layer_idx)).to(x.dtype)
         time_step, B, C = self.x_proj(x).split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1)
-        delta = F.softplus(wide(F.linear(time_step, self.dt_proj.weight)) + wide(self.dt_proj.bias))
+        delta = F.softplus(wide(self.dt_proj(time_step)))
         start = None if carried.start is None else carried.start.ssm[self.layer_idx]
         A = -torch.exp(wide(self.A_log))
         y, end = selective_scan(x, carried.stop_at_padding(delta), A, B, C, start)
@@ -154,14 +185,15 @@ class MambaMixer(modeling_mamba.MambaMixer):
 
 
 class Mamba2Mixer(modeling_mamba2.Mamba2Mixer):
-    """transformers' Mamba-2 mixer with exact states and padding, whenever a pass of `MambaCompressor` runs it."""
+    """transformers' Mamba-2 mixer, with exact states and padding when `MambaCompressor` runs it."""
 
-    def forward(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
-        if not isinstance(cache_params, _Pass):
-            return super().forward(hidden_states, cache_params, attention_mask, **kwargs)
-        if is_mamba_2_ssm_available() and cache_params.suits_kernels(hidden_states):
-            return super().forward(hidden_states, None, cache_params.real, **kwargs)
-        return self._scan(hidden_states, cache_params)
+    def forward(self, hidden_states, *args, **kwargs):
+        carried = kwargs.get(MAMBA_CACHE)
+        if not isinstance(carried, _Pass):
+            return super().forward(hidden_states, *args, **kwargs)
+        if is_mamba_2_ssm_available() and carried.suits_kernels(hidden_states, self):
+            return super().forward(hidden_states, attention_mask=carried.real)
+        return self._scan(hidden_states, carried)
 
     @force_accelerate_hooks("conv1d")
     def _scan(self, hidden_states: torch.Tensor, carried: _Pass) -> torch.Tensor:
@@ -174,7 +206,7 @@ class Mamba2Mixer(modeling_mamba2.Mamba2Mixer):
         x = x.reshape(batch, length, self.num_heads, self.head_dim)
         B, C = (tensor.reshape(batch, length, self.n_groups, self.ssm_state_size) for tensor in (B, C))
         delta = F.softplus(wide(raw_delta) + wide(self.dt_bias)).clamp(*self.time_step_limit)
-        delta = carried.stop_at_padding(delta)  # after the limit, which may lie above 0
+        delta = carried.stop_at_padding(delta)  # after the clamp, whose lower limit may be above 0
         start = None if carried.start is None else carried.start.ssm[self.layer_idx]
         A = -torch.exp(wide(self.A_log))
         y, end = ssd_scan(x, delta, A, B, C, start, chunk_size=min(self.chunk_size, 64))
@@ -184,13 +216,13 @@ class Mamba2Mixer(modeling_mamba2.Mamba2Mixer):
         return self.out_proj(y.to(hidden_states.dtype))
 
 
-def _rms_normalise(x: torch.Tensor, eps: float) -> torch.Tensor:
+def _rms_normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
 def _rms_norm(self, hidden_states):
-    """The forward of transformers' norms, which round float64 to float32, kept in float64."""
-    return self.weight * _rms_normalise(wide(hidden_states), self.variance_epsilon).to(hidden_states.dtype)
+    """Forward of transformers' RMS norms that keeps float64, which transformers rounds to float32."""
+    return self.weight * _rms_normalize(wide(hidden_states), self.variance_epsilon).to(hidden_states.dtype)
 
 
 class MambaRMSNorm(modeling_mamba.MambaRMSNorm):
@@ -202,11 +234,11 @@ class Mamba2RMSNorm(modeling_mamba2.Mamba2RMSNorm):
 
 
 class MambaRMSNormGated(modeling_mamba2.MambaRMSNormGated):
-    """The same for Mamba-2's gated norm."""
+    """Mamba-2's gated RMS norm that keeps float64."""
 
     def forward(self, hidden_states, gate=None):
         gated = wide(hidden_states) if gate is None else wide(hidden_states) * F.silu(wide(gate))
-        grouped = _rms_normalise(gated.unflatten(-1, (-1, self.group_size)), self.variance_epsilon)
+        grouped = _rms_normalize(gated.unflatten(-1, (-1, self.group_size)), self.variance_epsilon)
         return self.weight * grouped.flatten(-2).to(hidden_states.dtype)
 
 
@@ -214,10 +246,18 @@ _EXACT = {exact.__base__: exact for exact in (MambaMixer, MambaRMSNorm, Mamba2Mi
 
 
 def use_exact_layers(mamba: PreTrainedModel) -> PreTrainedModel:
-    """Give the mixers and norms of transformers' `MambaModel` or `Mamba2Model` this file's forward, in place; their
-    parameters stay. `MambaCompressor` does it by itself: call this for a model put into its place later."""
+    """Give the mixers and norms of transformers' `MambaModel` or `Mamba2Model` this file's forward, in place; the
+    parameters do not change. `MambaCompressor` calls this on the model it creates; call it on any replacement of that
+    model."""
     for module in mamba.modules():
         module.__class__ = _EXACT.get(type(module), type(module))
+        if isinstance(module, MambaMixer) and type(module.dt_proj) is nn.Linear:
+            module.dt_proj.__class__ = _TimeStep
+        if isinstance(module, Mamba2Mixer):  # transformers before 5.23 normalizes all groups together
+            module.norm.group_size = module.intermediate_size // module.n_groups
+    for block in mamba.layers:
+        # Otherwise transformers 5.24 drops the cache argument, here a `_Pass`, under activation checkpointing.
+        block._can_checkpoint_with_cache = True
     return mamba
 
 
@@ -225,10 +265,10 @@ def use_exact_layers(mamba: PreTrainedModel) -> PreTrainedModel:
 
 
 class Projector(nn.Module):
-    """A linear layer, normalised to a root mean square of 1, times one learned scale: vectors start as large as the
-    language model's own token embeddings and cannot collapse.
+    """A linear layer whose output is normalized to a root mean square of 1 and multiplied by one learned scale, so that
+    the vectors start at the size of the language model's token embeddings and cannot collapse.
 
-    (..., in_features) -> (..., out_features), in the weight's dtype.
+    (..., in_features) -> (..., out_features), in the dtype of the scale. (The matrix may be quantized.)
     """
 
     def __init__(self, in_features: int, out_features: int, init_scale: float):
@@ -240,39 +280,43 @@ class Projector(nn.Module):
 
     @torch.no_grad()
     def init_parameters(self) -> None:
-        """Initial values, skipping what was loaded from a checkpoint; for `_init_weights` of the whole model."""
+        """Initialize the parameters that were not loaded from a checkpoint; called by the model's `_init_weights`."""
         init.normal_(self.linear.weight, std=self.linear.in_features**-0.5)
         init.zeros_(self.linear.bias)
         init.constant_(self.scale, self.init_scale)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        dtype = self.linear.weight.dtype
+        dtype = self.scale.dtype
         projected = wide(self.linear(hidden_states.to(dtype)))
-        return (_rms_normalise(projected, 1e-6) * wide(self.scale)).to(dtype)
+        return (_rms_normalize(projected, 1e-6) * wide(self.scale)).to(dtype)
 
 
 class MambaCompressor(nn.Module):
-    """One vector an utterance: Mamba's output at each `<MEM>`, projected to the language model's width.
+    """The memory encoder. Each utterance becomes one memory vector: Mamba's output at its `<MEM>` token, projected to
+    the language model's width.
 
-    `<MEM>` has its own embedding, `mem_embedding` (hidden,), which replaces whatever row the token table has for it, so
-    the table of a pretrained Mamba is used unchanged even where `mem_token_id` lies beyond its end.
+    `<MEM>` has its own embedding, `mem_embedding` (hidden,), instead of a row of the token table, so the table of a
+    pretrained Mamba is used unchanged even if `mem_token_id` is beyond its end.
 
     Args:
         memory_config: a `mamba` or `mamba2` configuration.
         output_size: the language model's width.
         mem_token_id: the id of `<MEM>`.
-        projector_scale: the root mean square of the vectors at the start.
+        projector_scale: the initial root mean square of the memory vectors.
 
     Raises:
-        ValueError: another kind of memory_config.
+        ValueError: if memory_config is of another type, or mem_token_id is missing or negative.
     """
 
     def __init__(self, memory_config: PretrainedConfig, output_size: int, mem_token_id: int, projector_scale: float):
         super().__init__()
         if memory_config.model_type not in ("mamba", "mamba2"):
-            raise ValueError(f"memory_config must be a 'mamba' or 'mamba2' one, not {memory_config.model_type!r}")
+            raise ValueError(
+                f"memory_config has the model type {memory_config.model_type!r}; give a configuration of the type "
+                "'mamba' or 'mamba2'."
+            )
         if mem_token_id is None or mem_token_id < 0:
-            raise ValueError(f"mem_token_id must be the id of <MEM> in the memory's tokenizer, not {mem_token_id}")
+            raise ValueError(f"mem_token_id is {mem_token_id}; give the id of <MEM> in the memory tokenizer.")
         self.config = memory_config
         self.mem_token_id = mem_token_id
         self.mamba = use_exact_layers(AutoModel.from_config(memory_config))
@@ -282,7 +326,7 @@ class MambaCompressor(nn.Module):
 
     @torch.no_grad()
     def init_parameters(self) -> None:
-        """As `Projector.init_parameters`, for this module's own Parameter (transformers dispatches to Mamba's)."""
+        """Like `Projector.init_parameters`, for `mem_embedding` only: transformers initializes the Mamba model."""
         init.normal_(self.mem_embedding, std=self.config.initializer_range)
 
     def forward(
@@ -291,30 +335,31 @@ class MambaCompressor(nn.Module):
         memory_attention_mask: torch.Tensor | None = None,
         state: MemoryState | None = None,
     ) -> torch.Tensor:
-        """Vectors of the utterances in a batch.
+        """Return the memory vectors of the utterances in a batch.
 
         Args:
             memory_input_ids: (batch, length), integers.
-            memory_attention_mask: (batch, length), 1 for tokens and 0 for the padding on their right; None: all tokens.
-            state: where the conversations stand; it is moved on in place. None: they start here.
+            memory_attention_mask: (batch, length), 1 for tokens and 0 for padding on the right; None: no padding.
+            state: the state of the conversations, updated in place. None: the conversations start here.
 
         Returns:
-            (number of `<MEM>` among the tokens, output_size), in batch order, then in the order of the text, in the
-            dtype of the projector's weight. Possibly (0, output_size).
+            (number of `<MEM>` tokens, output_size), in batch order, then in text order, in the dtype of the projector's
+            weight. Possibly (0, output_size).
 
         Raises:
-            ValueError: wrong shapes, a mask that is not right-padded, ids out of range, a state that does not fit.
+            ValueError: for wrong shapes, a mask that is not right-padded, ids out of range, or a state with another
+                batch size or device.
         """
         real = self._check(memory_input_ids, memory_attention_mask, state)
         is_mem = memory_input_ids == self.mem_token_id
         known = ~is_mem if real is None else real & ~is_mem
         embedded = self.mamba.get_input_embeddings()(memory_input_ids.where(known, 0))
         embedded = torch.where(is_mem[..., None], self.mem_embedding.to(embedded.dtype), embedded)
-        # Blocks round the residual stream to float32, also from float64.
+        # With `residual_in_fp32`, transformers' blocks would round a float64 residual stream to float32.
         for block in self.mamba.layers:
             block.residual_in_fp32 = self.config.residual_in_fp32 and embedded.dtype != torch.float64
         carried = _Pass(real, state, self.config.num_hidden_layers)
-        hidden = self.mamba(inputs_embeds=embedded, cache_params=carried, use_cache=False).last_hidden_state
+        hidden = self.mamba(inputs_embeds=embedded, use_cache=False, **{MAMBA_CACHE: carried}).last_hidden_state
         vectors = self.projector(hidden[is_mem if real is None else is_mem & real])
         if state is not None:
             state.conv = torch.stack(carried.conv_ends).detach().to(state.conv.dtype)
@@ -324,7 +369,7 @@ class MambaCompressor(nn.Module):
     def new_state(
         self, batch_size: int = 1, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> MemoryState:
-        """The state before the first token; device and dtype are the weights' if not given."""
+        """Return the state before the first token; device and dtype default to those of the weights."""
         device = self.mem_embedding.device if device is None else device
         dtype = self.mem_embedding.dtype if dtype is None else dtype
         mixer = self.mamba.layers[0].mixer
@@ -339,34 +384,39 @@ class MambaCompressor(nn.Module):
     def append(
         self, state: MemoryState, memory_input_ids: torch.Tensor, memory_attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Feed any number of whole or partial utterances, (batch, length), right-padded under a mask where rows differ
-        in length. Moves `state` on in place and returns the new vectors (n, output_size) as `forward` does, without
-        gradients. However a text is cut, the vectors equal those of one pass. Raises as `forward` does; then the state
-        is unchanged."""
+        """Read any number of whole or partial utterances, (batch, length), right-padded with a mask if rows differ in
+        length. Updates `state` in place and returns the new memory vectors (n, output_size) like `forward`, without
+        gradients. The vectors do not depend on how the text is cut into calls. Raises the errors of `forward`; the
+        state is then unchanged."""
         return self(memory_input_ids, memory_attention_mask, state)
 
     def _check(self, ids: torch.Tensor, mask: torch.Tensor | None, state: MemoryState | None) -> torch.Tensor | None:
-        """The mask as bool (None if nothing is padded)."""
+        """Check the inputs and return the mask as bool (None if there is no padding)."""
         if ids.ndim != 2 or ids.is_floating_point():
-            raise ValueError(f"memory_input_ids must be integers (batch, length), not {ids.dtype} {tuple(ids.shape)}")
+            raise ValueError(
+                f"memory_input_ids are {ids.dtype} of shape {tuple(ids.shape)}; give integers (batch, length)."
+            )
         if state is not None and (state.batch_size, state.device) != (ids.shape[0], ids.device):
             raise ValueError(
-                f"the memory state is of batch size {state.batch_size} on {state.device}, but memory_input_ids of "
-                f"{ids.shape[0]} on {ids.device}: use new_state(batch_size) and state.to(device)"
+                f"The memory state has batch size {state.batch_size} on {state.device}, but memory_input_ids have "
+                f"{ids.shape[0]} on {ids.device}. Use new_state(batch_size) and state.to(device)."
             )
         real = None
         if mask is not None:
             real = mask.to(torch.bool)
             if mask.shape != ids.shape:
-                raise ValueError(f"memory_attention_mask {tuple(mask.shape)} does not fit ids {tuple(ids.shape)}")
+                raise ValueError(
+                    f"memory_attention_mask has the shape {tuple(mask.shape)}, but memory_input_ids have "
+                    f"{tuple(ids.shape)}. Give both the same shape."
+                )
             if bool((real != mask).any()) or bool((real[:, 1:] & ~real[:, :-1]).any()):
-                raise ValueError("memory_attention_mask must be right-padded: in each row ones, then only zeros")
+                raise ValueError("memory_attention_mask must be right-padded: in each row ones, then only zeros.")
             real = None if bool(real.all()) else real
         bad = ((ids < 0) | (ids >= self.config.vocab_size)) & (ids != self.mem_token_id)
         bad = bad if real is None else bad & real
         if bool(bad.any()):
             raise ValueError(
-                f"memory_input_ids hold {int(ids[bad][0])}, but the memory's token table ends at "
-                f"{self.config.vocab_size - 1} (<MEM> is {self.mem_token_id}): use the memory's own tokenizer"
+                f"memory_input_ids contain {int(ids[bad][0])}, but the last id of the memory encoder's vocabulary is "
+                f"{self.config.vocab_size - 1} (<MEM> is {self.mem_token_id}). Use the memory tokenizer."
             )
         return real

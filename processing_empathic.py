@@ -1,4 +1,4 @@
-"""Processor of the empathic model: a conversation with media -> tensors."""
+"""Processor of the empathic model: turns conversations with media into tensors."""
 
 import re
 from collections.abc import Mapping
@@ -8,30 +8,85 @@ import numpy as np
 import torch
 from transformers import (
     AutoFeatureExtractor,
-    AutoImageProcessor,
     AutoProcessor,
     AutoTokenizer,
     BatchFeature,
+    PreTrainedConfig,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # works without torchvision
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .chat_format_empathic import CHATML, control_tokens, find_chat_format, find_end_of_turn, template_variables
 from .configuration_empathic import EMOTIONS, HUB_KEYS, MEM_TOKEN, EmpathicConfig, find_placeholder_tokens
-from .media_empathic import load_audio, load_video
+from .media_empathic import load_audio, load_video, media_item
 
 TASKS = ("dialogue", "emotion", "memory", "counter")
 ROLES = ("system", "user", "assistant")
 
-# A user's text is kept out of the template and of the tokenizer's control tokens: the template sees a marker made of
-# private-use characters, and the text is tokenized by itself.
 _MARKER = re.compile("\ue000(\\d+)\ue001")
-_SURROGATE = re.compile("[\ud800-\udfff]")  # half of an emoji that was cut through: no tokenizer takes it
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair (a cut emoji), which tokenizers reject
 
 
-def default_chat_templates() -> dict[str, str]:
-    """The packaged Jinja templates, one a task; `default` is the dialogue (paper's Tables 4 to 7)."""
+def control_pattern(tokenizer) -> re.Pattern:
+    """Return a pattern that matches the spelling of each control token of a tokenizer."""
+    # Longest first, so that a token is not matched inside a longer token.
+    tokens = sorted(control_tokens(tokenizer), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, tokens)) or "(?!)")  # (?!) matches nothing
+
+
+def encode_untrusted(tokenizer, text: str, control: re.Pattern) -> list[int]:
+    """
+    Tokenize untrusted text, which can never produce a control token.
+
+    The spelling of a control token is cut after its first character, and the pieces are tokenized separately, so that
+    the spelling remains plain text.
+
+    Args:
+        control: `control_pattern(tokenizer)`.
+    """
+    text = _SURROGATE.sub("\ufffd", text)
+    ids, start = [], 0
+    while (match := control.search(text, start)) is not None:
+        cut = match.start() + 1
+        ids += tokenizer(text[start:cut], add_special_tokens=False)["input_ids"]
+        start = cut
+    return ids + tokenizer(text[start:], add_special_tokens=False)["input_ids"]
+
+
+class UntrustedTexts:
+    """
+    Keeps untrusted texts out of a chat template, where they could become syntax or control tokens: the template gets
+    markers of private-use characters instead, and the texts are tokenized separately.
+    """
+
+    def __init__(self):
+        self.texts: list[str] = []
+
+    def mark(self, text: str) -> str:
+        """Return the marker of a text, for the template."""
+        self.texts.append(text)
+        return f"\ue000{len(self.texts) - 1}\ue001"
+
+    def split(self, rendered: str) -> list[tuple[bool, str]]:
+        """Return the rendered prompt as pieces (whether the piece is untrusted text, string), in order."""
+        pieces = _MARKER.split(rendered)
+        return [(i % 2 == 1, self.texts[int(p)] if i % 2 else p) for i, p in enumerate(pieces) if i % 2 or p]
+
+    def has_all(self, rendered: str) -> bool:
+        """Whether each text occurs exactly once in the rendered prompt, in the order of marking."""
+        return [int(place) for place in _MARKER.findall(rendered)] == list(range(len(self.texts)))
+
+
+def default_chat_templates(chat_format: str = CHATML) -> dict[str, str]:
+    """
+    Return the packaged Jinja templates, one per task; `default` is the dialogue (paper's Tables 4 to 7).
+
+    Args:
+        chat_format: the template that writes the messages for the language model, see `find_chat_format`.
+    """
     folder = Path(__file__).parent / "chat_templates"
-    templates = {task: (folder / f"{task}.jinja").read_text(encoding="utf-8") for task in TASKS}
+    templates = {task: (folder / f"{task}.jinja").read_text(encoding="utf-8") + chat_format for task in TASKS}
     templates["default"] = templates.pop("dialogue")
     return templates
 
@@ -45,7 +100,7 @@ def _pad(sequences: list[list[int]], value: int, side: str) -> torch.Tensor:
 
 
 def _stack_media(rows: list, shape: tuple[int, ...], length: int, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Zero-padded values (batch, *shape) and their mask (batch, length); a row is (values, mask) or None."""
+    """Stack rows, each (values, mask) or None, into zero-padded values (batch, *shape) and a mask (batch, length)."""
     dtype = next((row[0].dtype for row in rows if row is not None), torch.float32)
     values, mask = torch.zeros(len(rows), *shape, dtype=dtype), torch.zeros(len(rows), length, dtype=torch.long)
     for i, row in enumerate(rows):
@@ -57,7 +112,7 @@ def _stack_media(rows: list, shape: tuple[int, ...], length: int, axis: int) -> 
 
 
 def _stack_features(rows: list, size: tuple[int, ...] | None, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cached features (batch, positions, *size), zero-padded to at least `length` positions, and their mask."""
+    """Stack cached features into (batch, positions, *size), zero-padded to at least `length` positions, and a mask."""
     there = [row for row in rows if row is not None]
     length = max([length, *(len(row) for row in there)])
     size = tuple(there[0].shape[1:]) if size is None else tuple(size)
@@ -74,12 +129,18 @@ class EmpathicProcessor(ProcessorMixin):
         feature_extractor: Whisper's feature extractor; its `chunk_length` is one Whisper window.
         tokenizer: the text LLM's tokenizer.
         memory_tokenizer: the memory encoder's tokenizer, which holds `<MEM>`.
-        num_query_tokens (`int`): vectors of each modality, as in the model's config.
-        num_frames (`int`): frames taken from a video, evenly spaced, or at random in training.
-        max_audio_seconds (`float`): sound past this is cut; it goes through consecutive Whisper windows.
-        with_text (`bool`): whether the `emotion` task shows the sentence (off in the paper's Table 4).
-        video_token, audio_token, memory_token (`str`): placeholders of the text vocabulary.
-        chat_template (`dict[str, str]`): a template a task; `default` is the dialogue.
+        num_query_tokens (`int`): vectors per clip and modality, as in the model's config.
+        num_frames (`int`): number of frames sampled from a video, evenly spaced, or at random in training.
+        max_audio_seconds (`float`): longer audio is truncated; audio is encoded in consecutive Whisper windows.
+        with_text (`bool`): whether the prompt of the `emotion` task has the sentence (not in the paper's Table 4).
+        video_token, audio_token, memory_token (`str`): placeholder tokens of the text vocabulary.
+        end_of_turn (`str`): the token that ends a reply; the tokenizer's EOS token by default.
+        chat_template (`dict[str, str]`): one template per task; `default` is the dialogue. By default they write
+            ChatML, or the tokenizer's own chat template if its vocabulary lacks ChatML's tokens.
+
+    Raises:
+        ValueError: if the memory tokenizer has no `<MEM>`, the text tokenizer no placeholder tokens, or the text
+            tokenizer knows no chat format.
     """
 
     def __init__(
@@ -95,6 +156,7 @@ class EmpathicProcessor(ProcessorMixin):
         video_token: str | None = None,
         audio_token: str | None = None,
         memory_token: str | None = None,
+        end_of_turn: str | None = None,
         chat_template: dict[str, str] | None = None,
     ):
         if MEM_TOKEN not in memory_tokenizer.get_vocab():
@@ -108,81 +170,95 @@ class EmpathicProcessor(ProcessorMixin):
         self.num_frames = num_frames
         self.max_audio_seconds = max_audio_seconds
         self.with_text = with_text
+        if chat_template is None:
+            chat_format = find_chat_format(tokenizer)
+            chat_template = default_chat_templates(chat_format)
+            end_of_turn = end_of_turn or find_end_of_turn(tokenizer, chat_format)
+        self.end_of_turn = tokenizer.eos_token if end_of_turn is None else end_of_turn
         super().__init__(
             image_processor,
             feature_extractor,
             tokenizer,
             memory_tokenizer,
-            chat_template=default_chat_templates() if chat_template is None else chat_template,
+            chat_template=chat_template,
         )
+        self.end_of_turn_id = tokenizer.convert_tokens_to_ids(self.end_of_turn)
         self.mem_token_id = memory_tokenizer.convert_tokens_to_ids(MEM_TOKEN)
-        self._control = self._control_pattern(tokenizer)
-        self._memory_control = self._control_pattern(memory_tokenizer)
+        self._control = control_pattern(tokenizer)
+        self._memory_control = control_pattern(memory_tokenizer)
 
     @classmethod
-    def from_parts_pretrained(cls, text, vision, audio, memory, **kwargs) -> "EmpathicProcessor":
+    def from_parts_pretrained(
+        cls, text, vision, audio, memory, chat_template: str | None = None, **kwargs
+    ) -> "EmpathicProcessor":
         """
-        Composes a processor from the preprocessors of four Hub ids or folders, the same as the model's.
+        Compose a processor from the preprocessors of the model's four parts.
 
         Args:
-            text, vision, audio, memory (`str`): ids or folders of the LLM, CLIP, Whisper and Mamba.
-            kwargs: arguments of the constructor, and how to fetch files from the Hub (`HUB_KEYS`), such as `token`.
+            text, vision, audio, memory (`str`): Hub ids or folders of the LLM, CLIP, Whisper and Mamba.
+            chat_template (`str`, *optional*): the language model's chat template (Jinja), from which the templates of
+                all tasks are made; needed if its tokenizer has none and does not know ChatML.
+            kwargs: arguments of the constructor, and options for the download from the Hub (`HUB_KEYS`), such as
+                `token`.
         """
         hub = {key: kwargs.pop(key) for key in HUB_KEYS if key in kwargs}
         memory_tokenizer = AutoTokenizer.from_pretrained(memory, **hub)
         if MEM_TOKEN not in memory_tokenizer.get_vocab():
             memory_tokenizer.add_special_tokens({"additional_special_tokens": [MEM_TOKEN]})
+        tokenizer = AutoTokenizer.from_pretrained(text, **hub)
+        chat_format = find_chat_format(tokenizer, chat_template)
+        kwargs.setdefault("end_of_turn", find_end_of_turn(tokenizer, chat_format))
         return cls(
             image_processor=AutoImageProcessor.from_pretrained(vision, backend="pil", **hub),
             feature_extractor=AutoFeatureExtractor.from_pretrained(audio, **hub),
-            tokenizer=AutoTokenizer.from_pretrained(text, **hub),
+            tokenizer=tokenizer,
             memory_tokenizer=memory_tokenizer,
+            chat_template=default_chat_templates(chat_format),
             **kwargs,
+        )
+
+    @classmethod
+    def _load_tokenizer_from_pretrained(cls, sub_processor_type, pretrained_model_name_or_path, subfolder="", **kwargs):
+        """
+        As in transformers, but the memory tokenizer is loaded without a model config. Its folder has none, and a
+        snapshot that was downloaded as a whole does not say so, which is an error offline. There is no fallback to the
+        other tokenizer.
+        """
+        if sub_processor_type == "memory_tokenizer":
+            subfolder = f"{subfolder}/{sub_processor_type}" if subfolder else sub_processor_type
+            kwargs["config"] = PreTrainedConfig()
+            return AutoTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        return super()._load_tokenizer_from_pretrained(
+            sub_processor_type, pretrained_model_name_or_path, subfolder=subfolder, **kwargs
         )
 
     # ------------------------------------------------------------------ text
 
-    @staticmethod
-    def _control_pattern(tokenizer) -> re.Pattern:
-        # Longest first, so that no token hides in a longer one. Added runs of spaces (GPT-NeoX) control nothing.
-        tokens = {t.content for t in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
-        tokens = sorted((t for t in tokens if t.strip()), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, tokens)))
-
     def encode_plain(self, text: str, tokenizer=None) -> list[int]:
         """
-        Token ids of a text that nobody vouches for: it can never write a control token.
-
-        A control token's spelling is cut after its first character, and the pieces are tokenized apart, so that it
-        stays readable text.
+        Tokenize untrusted text, which can never produce a control token: see `encode_untrusted`.
 
         Args:
-            text (`str`): the text, of a user or a corpus.
+            text (`str`): text of a user or a corpus.
             tokenizer: `self.tokenizer` (default) or `self.memory_tokenizer`.
         """
         tokenizer = self.tokenizer if tokenizer is None else tokenizer
-        text = _SURROGATE.sub("\ufffd", text)
-        pattern = self._memory_control if tokenizer is self.memory_tokenizer else self._control
-        ids, start = [], 0
-        while (match := pattern.search(text, start)) is not None:
-            cut = match.start() + 1
-            ids += tokenizer(text[start:cut], add_special_tokens=False)["input_ids"]
-            start = cut
-        return ids + tokenizer(text[start:], add_special_tokens=False)["input_ids"]
+        control = self._memory_control if tokenizer is self.memory_tokenizer else self._control
+        return encode_untrusted(tokenizer, text, control)
 
     def encode_utterance(self, name: str, text: str) -> list[int]:
-        """`{name}: {text}<MEM>` in the memory encoder's vocabulary (Sec. 3.2)."""
+        """Tokenize `{name}: {text}<MEM>` with the memory tokenizer (Sec. 3.2)."""
         return [*self.encode_plain(f"{name}: {text}", self.memory_tokenizer), self.mem_token_id]
 
     def encode_reply(self, text: str) -> list[int]:
-        """A reply as training targets it: its token ids and the end of the turn."""
-        return [*self.encode_plain(text), self.tokenizer.eos_token_id]
+        """Tokenize a reply as a training target: its token ids and the end-of-turn token."""
+        return [*self.encode_plain(text), self.end_of_turn_id]
 
     # ------------------------------------------------------------------ messages
 
     @staticmethod
     def _read_message(index: int, message: dict) -> dict:
-        """One message as {"role", "name", "text", "audio", "video"}; the caller's message is not changed."""
+        """Normalize a message to {"role", "name", "text", "audio", "video"}; the caller's message is not changed."""
         where = f"message {index}"
         if not isinstance(message, Mapping):
             raise ValueError(f"{where} is {message!r}; a message is a dict with `role` and `content`.")
@@ -190,7 +266,7 @@ class EmpathicProcessor(ProcessorMixin):
         if role not in ROLES:
             raise ValueError(f"{where} has the role {role!r}; the roles are {', '.join(ROLES)}.")
         if role == "system" and index > 0:
-            raise ValueError(f"{where} is a system message; only the first message may be one.")
+            raise ValueError(f"{where} is a system message; only the first message may be a system message.")
         content = message.get("content")
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
@@ -198,6 +274,7 @@ class EmpathicProcessor(ProcessorMixin):
             raise ValueError(f"{where} has the content {content!r}; give a string or a list of content items.")
         texts, media = [], {"audio": None, "video": None}
         for item in content:
+            item = media_item(item) if isinstance(item, dict) else item
             kind = item.get("type") if isinstance(item, dict) else None
             if kind == "text":
                 if not isinstance(item.get("text"), str):
@@ -212,9 +289,9 @@ class EmpathicProcessor(ProcessorMixin):
         return {"role": role, "name": message.get("name") or role, "text": "\n".join(texts), **media}
 
     def _split(self, messages: list[dict], task: str) -> tuple[dict | None, list[dict], dict | None]:
-        """The system message, the history and the turn (None for task `memory`, which rebuilds all)."""
+        """Split messages into the system message, the history and the turn (None for the task `memory`)."""
         if not isinstance(messages, (list, tuple)) or not messages:
-            raise ValueError(f"A conversation is a list of messages, got {messages!r}.")
+            raise ValueError(f"The conversation is {messages!r}; give a non-empty list of messages.")
         read = [self._read_message(i, message) for i, message in enumerate(messages)]
         system = read.pop(0) if read[0]["role"] == "system" else None
         if task == "memory":
@@ -223,19 +300,18 @@ class EmpathicProcessor(ProcessorMixin):
             return system, read, None
         if not read or read[-1]["role"] != "user":
             last = read[-1]["role"] if read else "system"
-            raise ValueError(f"The last message is the {last}'s, but the model answers the user: end with the user's.")
+            raise ValueError(
+                f"The last message is of the role {last}, but the model answers the user: end with a user message."
+            )
         turn = read.pop()
         if not turn["text"] and turn["audio"] is None and turn["video"] is None:
-            raise ValueError("The last message is empty: give it a text, an audio or a video.")
+            raise ValueError("The last message is empty: give text, audio or video.")
         return system, read, turn
 
     def _render(self, template: str, system, earlier, turn, **variables) -> list[tuple[bool, str]]:
-        """The prompt as (is the user's text, string) pieces."""
-        texts: list[str] = []
-
-        def mark(text: str) -> str:
-            texts.append(text)
-            return f"\ue000{len(texts) - 1}\ue001"
+        """Render the prompt as pieces (whether the piece is untrusted text, string)."""
+        untrusted = UntrustedTexts()
+        mark = untrusted.mark
 
         def line(message: dict) -> str:
             named = message["name"] not in ROLES
@@ -247,12 +323,12 @@ class EmpathicProcessor(ProcessorMixin):
         if turn is not None:
             sentence = mark(turn["text"]) if turn["text"] else None
             messages.append({"role": "user", "content": sentence or ""})
+        variables = {**template_variables(self.tokenizer), "enable_thinking": False, **variables}
         rendered, _ = render_jinja_template([messages], chat_template=template, sentence=sentence, **variables)
-        pieces = _MARKER.split(rendered[0])
-        return [(i % 2 == 1, texts[int(p)] if i % 2 else p) for i, p in enumerate(pieces) if i % 2 or p]
+        return untrusted.split(rendered[0])
 
     def _template(self, task: str, chat_template: str | None) -> str:
-        # A string: a download that went without the folder of the others.
+        # A string: the checkpoint was downloaded without the folder of the additional templates.
         templates = {"default": self.chat_template} if isinstance(self.chat_template, str) else self.chat_template
         if chat_template is not None:
             return templates.get(chat_template, chat_template)
@@ -261,20 +337,21 @@ class EmpathicProcessor(ProcessorMixin):
         name = "default" if task == "dialogue" else task
         if name not in templates:
             raise ValueError(
-                f"The processor has no chat template of the task {task!r}, only {', '.join(templates)}. The others are "
-                "files in `additional_chat_templates` of a checkpoint: download the whole of it (`hf download ID`)."
+                f"The processor has no chat template for the task {task!r}, only {', '.join(templates)}. Other "
+                "templates are in the folder `additional_chat_templates` of a checkpoint: download the whole "
+                "checkpoint (`hf download ID`)."
             )
         return templates[name]
 
     def _prompt(self, messages, task, history, emotion, with_text, add_generation_prompt, chat_template):
         if history not in ("memory", "text"):
-            raise ValueError(f"Unknown history {history!r}; it is 'memory' or 'text'.")
+            raise ValueError(f"Unknown history {history!r}; use 'memory' or 'text'.")
         if task == "counter" and emotion not in EMOTIONS:
             raise ValueError(f"The emotion {emotion!r} is not one of {', '.join(EMOTIONS)}.")
         template = self._template(task, chat_template)
         system, earlier, turn = self._split(messages, task)
         if task == "counter" and not turn["text"]:
-            raise ValueError("The task `counter` answers a sentence, but the last message has no text.")
+            raise ValueError("The task `counter` answers a sentence, but the last message has no text. Add text to it.")
         if task == "emotion":
             earlier = []
         remembered = earlier if history == "memory" or task == "memory" else []
@@ -300,25 +377,25 @@ class EmpathicProcessor(ProcessorMixin):
     # ------------------------------------------------------------------ tensors
 
     def frames(self, item: dict, generator: np.random.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """CLIP's pixel values (frames, 3, height, width) of a video item and their mask (frames,) of ones."""
+        """Compute CLIP's pixel values (frames, 3, height, width) of a video item, and a mask (frames,) of ones."""
         pixels = self.pixels(load_video(item, self.num_frames, generator))
         return pixels, torch.ones(len(pixels), dtype=torch.long)
 
     def pixels(self, frames: np.ndarray) -> torch.Tensor:
-        """CLIP's pixel values (frames, 3, height, width) of decoded frames (frames, height, width, 3)."""
-        # Said, not guessed: a frame may be 1 or 3 pixels high.
+        """Compute CLIP's pixel values (frames, 3, height, width) of decoded frames (frames, height, width, 3)."""
+        # The format must be explicit: transformers would guess wrong for frames that are 1 or 3 pixels high.
         inputs = self.image_processor(list(frames), input_data_format="channels_last", return_tensors="pt")
         return inputs["pixel_values"]
 
     def sound(self, item: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Whisper's log-mel features (mel, time) of an audio item, `time` a whole number of windows, and the mask (time,)
-        of the mel frames within the clip.
+        Compute Whisper's log-mel features (mel, time) of an audio item, padded to a whole number of windows, and the
+        mask (time,) of the mel frames within the clip.
         """
         extractor = self.feature_extractor
         samples = load_audio(item, extractor.sampling_rate, self.max_audio_seconds)
         windows = [samples[i : i + extractor.n_samples] for i in range(0, max(len(samples), 1), extractor.n_samples)]
-        with torch.autocast("cpu", enabled=False):  # the filters would meet a spectrum of bfloat16
+        with torch.autocast("cpu", enabled=False):  # otherwise the mel filters get a bfloat16 spectrum
             mel = extractor(windows, sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_features"]
         mask = torch.zeros(mel.shape[0] * mel.shape[2], dtype=torch.long)
         mask[: -(-len(samples) // extractor.hop_length)] = 1
@@ -336,15 +413,15 @@ class EmpathicProcessor(ProcessorMixin):
         chat_template: str | None = None,
     ) -> dict:
         """
-        One conversation, unpadded. See `apply_chat_template` for the arguments; a `generator` samples frames at random
-        as in training, without it they are evenly spaced.
+        Turn one conversation into model inputs, without padding. See `apply_chat_template` for the arguments. With a
+        `generator`, frames are sampled at random as in training; without it they are evenly spaced.
 
-        An item may hold what the model's tower gave for its clip before (a feature cache) instead of the clip:
-        `features` (frames, patches, width) of a video, (positions, width) of an audio.
+        A content item may hold the tower's cached outputs instead of the clip: `features` (frames, patches, width) of a
+        video or (positions, width) of an audio clip.
 
         Returns:
-            `input_ids` and `memory_input_ids` (lists of int), `video` and `audio`: None or (values, mask), see
-            `frames` and `sound`; `video_features` and `audio_features` where an item holds features.
+            `input_ids` and `memory_input_ids` (lists of int); `video` and `audio`, each None or (values, mask) as from
+            `frames` and `sound`; `video_encoder_states` and `audio_encoder_states` of items with cached features.
         """
         pieces, remembered, turn = self._prompt(
             messages, task, history, emotion, with_text, add_generation_prompt, chat_template
@@ -367,7 +444,7 @@ class EmpathicProcessor(ProcessorMixin):
             if item is None:
                 continue
             if item.get("features") is not None:
-                prepared[f"{kind}_features"] = item["features"]
+                prepared[f"{kind}_encoder_states"] = item["features"]
             else:
                 prepared[kind] = self.frames(item, generator) if kind == "video" else self.sound(item)
         return prepared
@@ -380,25 +457,25 @@ class EmpathicProcessor(ProcessorMixin):
         feature_sizes: dict[str, tuple[int, ...]] | None = None,
     ) -> BatchFeature:
         """
-        Batches what `prepare` gave. An optional `labels` (list of int) beside `input_ids` is padded with -100.
+        Pad the outputs of `prepare` to a batch. An optional key `labels` (list of int) is padded with -100.
 
         Args:
-            samples: dicts of `prepare`.
-            padding_side (`str`): of the text; `left` to generate, `right` to train.
-            all_modalities (`bool`): gives absent modalities as zeros under a zero mask (training: all processes of a
-                sharded model must run the same modules) instead of leaving them out.
-            feature_sizes (`dict`): says that the clips of all batches come as cached features: `video` (patches,
-                width) and `audio` (width,) of absent ones.
+            samples: dicts returned by `prepare`.
+            padding_side (`str`): padding side of the text: `left` for generation, `right` for training.
+            all_modalities (`bool`): give absent modalities as zeros with a zero mask instead of leaving them out. Used
+                in training: all processes of a sharded model must run the same modules.
+            feature_sizes (`dict`): given if clips come as cached features in every batch: the sizes of the zeros for
+                absent clips, `video` (patches, width) and `audio` (width,).
 
         Raises:
-            ValueError: if one clip of a kind comes as features and another does not.
+            ValueError: if some clips of a modality come as features and some do not.
 
         Returns:
-            `input_ids`, `attention_mask` (batch, length), and of those present: `pixel_values_videos` (batch, frames,
-            3, height, width), `video_mask` (batch, frames), `input_features` (batch, mel, time),
-            `input_features_mask` (batch, time), `memory_input_ids`, `memory_attention_mask` (batch, length), `labels`;
-            of clips as features `video_features` (batch, frames, patches, width), `video_mask` (batch, frames),
-            `audio_features` (batch, positions, width), `audio_features_mask` (batch, positions).
+            `input_ids`, `attention_mask` (batch, length) and, if present: `pixel_values_videos` (batch, frames, 3,
+            height, width), `video_mask` (batch, frames), `input_features` (batch, mel, time), `input_features_mask`
+            (batch, time), `memory_input_ids`, `memory_attention_mask` (batch, length), `labels`; for cached features
+            `video_encoder_states` (batch, frames, patches, width), `video_mask` (batch, frames),
+            `audio_encoder_states` (batch, positions, width), `audio_encoder_mask` (batch, positions).
         """
         ids = [sample["input_ids"] for sample in samples]
         pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
@@ -411,15 +488,15 @@ class EmpathicProcessor(ProcessorMixin):
         videos, sounds = [s["video"] for s in samples], [s["audio"] for s in samples]
         features = {}
         for kind, clips in (("video", videos), ("audio", sounds)):
-            cached = [sample.get(f"{kind}_features") for sample in samples]
+            cached = [sample.get(f"{kind}_encoder_states") for sample in samples]
             if feature_sizes is not None or any(row is not None for row in cached):
                 if any(clip is not None for clip in clips):
-                    raise ValueError(f"Some {kind} clips of a batch come as features and some do not; give one sort.")
+                    raise ValueError(f"Some {kind} clips of a batch are cached features, others are not; use one form.")
                 features[kind] = cached
         sizes = feature_sizes or {}
         if "video" in features:
             if all_modalities or any(row is not None for row in features["video"]):
-                data["video_features"], data["video_mask"] = _stack_features(
+                data["video_encoder_states"], data["video_mask"] = _stack_features(
                     features["video"], sizes.get("video"), self.num_frames
                 )
         elif all_modalities or any(v is not None for v in videos):
@@ -427,7 +504,7 @@ class EmpathicProcessor(ProcessorMixin):
             data["pixel_values_videos"], data["video_mask"] = _stack_media(videos, shape, self.num_frames, 0)
         if "audio" in features:
             if all_modalities or any(row is not None for row in features["audio"]):
-                data["audio_features"], data["audio_features_mask"] = _stack_features(
+                data["audio_encoder_states"], data["audio_encoder_mask"] = _stack_features(
                     features["audio"], sizes.get("audio"), 1
                 )
         elif all_modalities or any(a is not None for a in sounds):
@@ -439,7 +516,7 @@ class EmpathicProcessor(ProcessorMixin):
             pad_id = self.memory_tokenizer.eos_token_id or 0
             data["memory_input_ids"] = _pad(memories, pad_id, "right")
             data["memory_attention_mask"] = _pad([[1] * len(row) for row in memories], 0, "right")
-            if data["memory_input_ids"].shape[1] == 0:  # one masked position: modules run on every batch
+            if data["memory_input_ids"].shape[1] == 0:  # one masked position, so that the memory runs on every batch
                 data["memory_input_ids"] = torch.full((len(samples), 1), pad_id)
                 data["memory_attention_mask"] = torch.zeros(len(samples), 1, dtype=torch.long)
         return BatchFeature(data)
@@ -465,27 +542,28 @@ class EmpathicProcessor(ProcessorMixin):
         processor_kwargs: dict | None = None,
     ) -> str | list[str] | BatchFeature | torch.Tensor:
         """
-        Renders one conversation, or a list of them, and turns it into the model's inputs.
+        Render a conversation, or a list of conversations, as prompts or model inputs.
 
-        The last user message is the turn; the earlier ones are the history, one memory vector each; their media are
-        ignored. A leading system message replaces the template's.
+        The last user message is the turn. The earlier messages are the history, one memory vector each; their media are
+        ignored. A leading system message replaces the template's system prompt.
 
         Args:
-            conversation: message lists of transformers. A media item holds `path`, `bytes`, or what is decoded already:
-                `audio` (float samples) with `sampling_rate`, `video` (frames).
-            chat_template: a template, or the name of one of the processor's, instead of the task's.
+            conversation: message lists as in transformers. A media item holds `path`, `bytes`, or decoded media:
+                `audio` (float samples) with `sampling_rate`, or `video` (frames). `audio` and `video` may also be a
+                path, as in conversations for Qwen's models.
+            chat_template: a template, or the name of one of the processor's templates, instead of the task's template.
             add_generation_prompt: whether to open the assistant's turn.
             tokenize, return_dict, return_tensors ("pt" or None): as in transformers.
-            padding (`bool` or `"longest"`): pads a batch on the left. May also stand in `processor_kwargs`.
+            padding (`bool` or `"longest"`): pad a batch on the left. Also accepted in `processor_kwargs`.
             task: `dialogue`, `emotion`, `memory` (rebuild all messages) or `counter` (needs `emotion`).
             history: `memory`, or `text` for the ablation: earlier messages as chat turns, no memory.
-            with_text: whether `emotion` shows the sentence; the processor's `with_text` by default.
-            continue_final_message: only False, which transformers' pipelines pass: the model answers the user.
+            with_text: whether the prompt of `emotion` has the sentence; the processor's `with_text` by default.
+            continue_final_message: must be False (transformers' pipelines pass it): the model answers the user.
 
         Raises:
             TypeError: for an argument or a key of `processor_kwargs` that is not listed here.
-            ValueError: for a message list the model cannot answer, naming the message.
-            MediaError: for a clip that cannot be read, naming the file.
+            ValueError: for a message list that the model cannot answer; the error names the message.
+            MediaError: for a clip that cannot be read; the error names the file.
         """
         processor_kwargs = dict(processor_kwargs or {})
         padding = processor_kwargs.pop("padding", padding)
@@ -520,7 +598,7 @@ class EmpathicProcessor(ProcessorMixin):
         return batch if return_dict else batch["input_ids"]
 
     def __call__(self, text=None, **kwargs):
-        """Tokenizes prompts that the caller vouches for; conversations with media go through `apply_chat_template`."""
+        """Tokenize trusted prompts. For conversations and untrusted text use `apply_chat_template`."""
         return self.tokenizer(text, **kwargs)
 
     @property
@@ -529,12 +607,12 @@ class EmpathicProcessor(ProcessorMixin):
             "input_ids",
             "attention_mask",
             "pixel_values_videos",
-            "video_features",
+            "video_encoder_states",
             "video_mask",
             "input_features",
             "input_features_mask",
-            "audio_features",
-            "audio_features_mask",
+            "audio_encoder_states",
+            "audio_encoder_mask",
             "memory_input_ids",
             "memory_attention_mask",
         ]
@@ -542,7 +620,7 @@ class EmpathicProcessor(ProcessorMixin):
 
 EmpathicProcessor.register_for_auto_class()
 
-# As in configuration_empathic.py.
+# Only the package registers its classes, see configuration_empathic.py.
 if __name__ == "empathic.processing_empathic":
     AutoProcessor.register(EmpathicConfig, EmpathicProcessor, exist_ok=True)
 

@@ -1,7 +1,7 @@
 """The recurrences of Mamba-1 and Mamba-2 in plain PyTorch, for training and inference on any device.
 
-Both run in chunks over time, start from any state and return the one they end in. A step of length 0 leaves the state
-as it is, so rows of different lengths share a batch.
+Both run in chunks over time, start from any state and return the final state. A step with delta 0 does not change the
+state, so rows of different lengths can share a batch.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-# Elements of one block's (time, rows, state, inner) buffers. On a CPU four such buffers should stay in the caches (this
-# value was the fastest of those measured); a GPU wants few, large kernels instead.
+# Elements of one block's (time, rows, state, inner) buffers. On CPU four such buffers should fit into its caches (this
+# value was the fastest measured); a GPU needs few, large kernels instead.
 _CPU_BLOCK_ELEMENTS = 1 << 19
 _GPU_BLOCK_ELEMENTS = 1 << 25
 _MIN_BLOCK_STEPS = 8
@@ -20,7 +20,7 @@ _MAX_BLOCK_STEPS = 64
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
-    """float64 stays, everything else becomes float32: no recurrence runs in half precision."""
+    """Convert to float32, except for float64: no recurrence runs in half precision."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -33,8 +33,8 @@ def _autocast_off(tensor: torch.Tensor) -> torch.autocast:
 
 class _SelectiveScan(torch.autograd.Function):
     """The scan in blocks of rows and time steps. Each block expands its inputs to (time, rows, state, inner) in small
-    reused buffers, so memory does not grow with `state`, and the recurrence is one in-place kernel a step: autograd
-    would copy the whole sequence at every step instead. Only the inputs and the state at each block's start are kept;
+    reused buffers, so memory does not grow with `state`, and the recurrence is one in-place kernel per step; autograd
+    would copy the whole sequence at every step. Only the inputs and the state at the start of each block are saved;
     backward recomputes the rest."""
 
     @staticmethod
@@ -47,7 +47,7 @@ class _SelectiveScan(torch.autograd.Function):
         final = u.new_empty(batch, state, inner)
         # exp2 is about twice as fast as exp on a CPU.
         log2_decay = (A * math.log2(math.e)).t().contiguous()
-        # One step more than the block: the first holds the state that the block starts from.
+        # One step more than the block: the first entry is the state before the block.
         states = u.new_empty((steps + 1) * rows * state * inner)
         decay = u.new_empty(steps * rows * state * inner)
         for row in range(0, batch, rows):
@@ -74,25 +74,25 @@ class _SelectiveScan(torch.autograd.Function):
 
 
 def _time_major(picked: slice, delta, u, B, C):
-    """Some rows of the scan's inputs as (time, rows, ...): delta, delta * u, B and C."""
+    """Select rows of the scan's inputs and return delta, delta * u, B and C as (time, rows, ...)."""
     delta = delta[picked].transpose(0, 1).contiguous()
     drive = delta * u[picked].transpose(0, 1)
     return delta, drive, B[picked].transpose(0, 1).contiguous(), C[picked].transpose(0, 1).contiguous()
 
 
 def _rows_times(vectors, matrices):
-    """(time, rows, m) by (time, rows, m, n) -> (time, rows, n). As row vectors: bmm's column case is far slower."""
+    """(time, rows, m) x (time, rows, m, n) -> (time, rows, n), with row vectors: bmm is far slower with columns."""
     return torch.bmm(vectors.flatten(0, 1)[:, None], matrices.flatten(0, 1)).view(*vectors.shape[:2], -1)
 
 
 def _run_block(delta, drive, log2_decay, B, start, states, decay):
-    """Run the recurrence over one block. Returns the states (time + 1, rows, state, inner), of which the first is the
-    one before the block, and the decays (time, rows, state, inner); both lie in the given buffers."""
+    """Run the recurrence over one block. Returns the states (time + 1, rows, state, inner), the first of which is the
+    state before the block, and the decays (time, rows, state, inner); both are views of the given buffers."""
     time, rows, inner = delta.shape
     step = (rows, log2_decay.shape[0], inner)
     H = states[: (time + 1) * math.prod(step)].view(time + 1, *step)
     a = decay[: time * math.prod(step)].view(time, *step)
-    # A is negative and delta is not: the exponent is never positive and nothing overflows.
+    # A is negative and delta is not, so the exponent is never positive and cannot overflow.
     torch.mul(delta[:, :, None], log2_decay, out=a)
     torch.exp2(a, out=a)
     H[0] = start
@@ -124,7 +124,7 @@ def _scan_backward(u, delta, A, B, C, starts, steps, rows, grad_y, grad_final):
             delta_k, drive_k, B_k, C_k, grad_y_k = delta_r[cut], drive_r[cut], B_r[cut], C_r[cut], grad_y_r[cut]
             H, a = _run_block(delta_k, drive_k, log2_decay, B_k, starts[k, picked], states, decay)
 
-            # G_t, the gradient of h_t: C_t dy_t + a_{t+1} G_{t+1}
+            # The gradient of h_t: G_t = C_t dy_t + a_{t+1} G_{t+1}
             G = grads[: a.numel()].view_as(a)
             torch.mul(grad_y_k[:, :, None], C_k[..., None], out=G)
             g, a_steps = G.unbind(0), a.unbind(0)
@@ -147,26 +147,26 @@ def _scan_backward(u, delta, A, B, C, starts, steps, rows, grad_y, grad_final):
     return grad_u, grad_delta, grad_A.t(), grad_B, grad_C, grad_initial, None, None
 
 
-@torch.compiler.disable  # a compiler would unroll the loop over time, for minutes, and once a length
+@torch.compiler.disable  # compilation would unroll the loop over time, which takes minutes for each new length
 def selective_scan(u, delta, A, B, C, initial_state=None, chunk_size=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mamba-1's recurrence (Gu and Dao 2023, section 3.2), h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t and
-    y_t = C_t . h_t, from any initial state. A step with delta 0 leaves the state exactly as it is.
+    """Run Mamba-1's recurrence (Gu and Dao 2023, section 3.2), h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t and
+    y_t = C_t . h_t, from any initial state. A step with delta 0 leaves the state exactly unchanged.
 
     Runs in float32 (float64 if any input is float64). Differentiable once, in all tensors and through both results.
 
     Args:
         u: (batch, length, inner), the input.
-        delta: (batch, length, inner), the time steps, not negative.
+        delta: (batch, length, inner), the non-negative time steps.
         A: (inner, state), negative decay rates.
         B, C: (batch, length, state).
         initial_state: (batch, inner, state), zeros if None.
-        chunk_size: time steps in a block; chosen by the size of a step if None. The result does not depend on it.
+        chunk_size: time steps per block; None chooses it by the size of a step. The result does not depend on it.
 
     Returns:
         y (batch, length, inner) and the final state (batch, inner, state).
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: for shapes that do not match.
     """
     batch, length, inner = u.shape
     state = A.shape[1]
@@ -174,7 +174,7 @@ def selective_scan(u, delta, A, B, C, initial_state=None, chunk_size=None) -> tu
     one = (batch, length, state)
     wanted = [(batch, length, inner), (inner, state), one, one, (batch, inner, state)]
     if given != wanted[: len(given)]:
-        raise ValueError(f"selective_scan: delta, A, B, C, initial_state must have the shapes {wanted}, not {given}")
+        raise ValueError(f"selective_scan: delta, A, B, C, initial_state must have the shapes {wanted}, not {given}.")
     wide = any(tensor.dtype == torch.float64 for tensor in (u, delta, A, B, C))
     dtype = torch.float64 if wide else torch.float32
     u, delta, A, B, C = (tensor.to(dtype) for tensor in (u, delta, A, B, C))
@@ -192,16 +192,16 @@ def selective_scan(u, delta, A, B, C, initial_state=None, chunk_size=None) -> tu
 
 
 def ssd_scan(u, delta, A, B, C, initial_state=None, chunk_size=64) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mamba-2's recurrence, one decay a head, as matrix products within chunks and a short loop over the chunks
-    (Dao and Gu 2024, section 6). Log decays are summed, never subtracted, so no precision is lost over long chunks.
+    """Run Mamba-2's recurrence, with one decay per head, as matrix products within chunks and a short loop over the
+    chunks (Dao and Gu 2024, section 6). Log decays are summed, never subtracted, so long chunks lose no precision.
 
     Args:
         u: (batch, length, heads, head_dim), the input.
-        delta: (batch, length, heads), the time steps, not negative; 0 leaves the state as it is.
+        delta: (batch, length, heads), the non-negative time steps; 0 does not change the state.
         A: (heads,), negative decay rates.
         B, C: (batch, length, groups, state); heads is a multiple of groups.
         initial_state: (batch, heads, head_dim, state), zeros if None.
-        chunk_size: time steps in a chunk. The result does not depend on it.
+        chunk_size: time steps per chunk. The result does not depend on it.
 
     Returns:
         y (batch, length, heads, head_dim) and the final state (batch, heads, head_dim, state), in float32 (float64 if
@@ -239,8 +239,8 @@ def ssd_scan(u, delta, A, B, C, initial_state=None, chunk_size=64) -> tuple[torc
 
 
 def _segment_decay(log_decay: torch.Tensor) -> torch.Tensor:
-    """(..., size) -> (..., size, size): at (i, j) the decay from time j to time i, exp of the sum over j+1..i; 0 above
-    the diagonal."""
+    """(..., size) -> (..., size, size): entry (i, j) is the decay from time j to time i, exp of the sum over j+1..i; 0
+    above the diagonal."""
     size = log_decay.shape[-1]
     ones = torch.ones(size, size, dtype=torch.bool, device=log_decay.device)
     steps = log_decay[..., None].expand(*log_decay.shape, size).masked_fill(~ones.tril(-1), 0)

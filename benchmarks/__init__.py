@@ -1,1 +1,1 @@
-"""Measured speed and memory."""
+"""Benchmarks of speed and memory."""

@@ -1,13 +1,13 @@
 """
-Table 3: what a conversation's history costs, as text, as text with a kept prefix, compressed, and streaming.
+Table 3: the cost of a conversation's history as text, as text with a cached prefix, compressed, and streaming.
 
     python -m empathic.benchmarks.efficiency --preset tiny
     python -m empathic.benchmarks.efficiency --preset qwen2.5-7b --paper
 
-Reported by the number of earlier utterances: input positions, time and memory of processing a prompt without a reply;
-and, as ratios measured in the same run, the memory encoder's scan beside transformers' default path and whole turns of
-a session. `--paper` takes dialogues of 20 and more utterances, as the paper does. Presets of full size have random
-weights; without a GPU their sizes and positions are printed, and nothing is measured.
+The report has, by the number of earlier utterances, the input positions, time and memory of processing a prompt without
+a reply. It also has ratios from the same run: the memory encoder's scan against transformers' default path, and whole
+turns of a session. `--paper` uses dialogues of 20 or more utterances, as in the paper. Full-size presets have random
+weights; without a GPU the benchmark only prints their sizes and positions.
 """
 
 import argparse
@@ -19,36 +19,30 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from empathic.benchmarks.efficiency_arms import (
-    ARMS,
-    checkpoint_parts,
-    count_positions,
-    make_conversation,
-    measure_arms,
-    preset_parts,
-)
-from empathic.benchmarks.efficiency_options import PAPER_UTTERANCE, UTTERANCE, add_options
-from empathic.benchmarks.efficiency_report import markdown, plot
-from empathic.benchmarks.efficiency_turns import measure_turns
-from empathic.benchmarks.machine import describe_machine
-from empathic.benchmarks.memory_plan import weight_bytes
-from empathic.benchmarks.scan import measure_scan
+from ..data_prep.messages import message_text
+from .efficiency_arms import ARMS, checkpoint_parts, count_positions, make_conversation, measure_arms, preset_parts
+from .efficiency_options import PAPER_UTTERANCE, UTTERANCE, add_options
+from .efficiency_report import markdown, plot
+from .efficiency_turns import measure_turns
+from .machine import describe_machine
+from .memory_plan import weight_bytes
+from .scan import measure_scan
 
-TURN_PAIR = (10, 200)  # utterances before the turns that are compared
+TURN_PAIR = (10, 200)  # number of utterances before the two compared turns
 SCAN_LENGTHS = (128, 512)
-SCAN_REPEATS = 3  # at most: the default path takes seconds, and the difference is large
-PAPER_POSITIONS = 600  # of history as text: the length at which positions are compared
-PAPER_TURNS = range(20, 24)  # utterances of the history in made dialogues of the paper's setting
+SCAN_REPEATS = 3  # maximum repeats: the default path takes seconds, and the difference is large
+PAPER_POSITIONS = 600  # positions of the history as text at which positions are compared
+PAPER_TURNS = range(20, 24)  # utterances of the history in synthetic dialogues of the paper's setting
 
 
 def row(what: str, measured: float, bound: str = "", wanted: float | None = None) -> dict:
-    """One line of the ratios; `bound` is >= or <=."""
+    """Return a row of the ratios; `bound` is >= or <=."""
     holds = None if wanted is None else measured >= wanted if bound == ">=" else measured <= wanted
     return {"what": what, "measured": measured, "bound": bound, "wanted": wanted, "holds": holds}
 
 
 def position_rows(processor, tokens: int, seed: int) -> list[dict]:
-    """Positions at the paper's history length, and beside what is wanted."""
+    """Ratios of positions at the paper's history length, with their bounds."""
     turns = range(2, 200)
     one = count_positions(processor, make_conversation(processor, 20, tokens, seed))["text"]["history"] / 20
     nearest = min(turns, key=lambda count: abs(count * one - PAPER_POSITIONS))
@@ -57,49 +51,49 @@ def position_rows(processor, tokens: int, seed: int) -> list[dict]:
     where = f"at {nearest} utterances, {text['history']} positions of text"
     return [
         row(
-            f"input positions without media, system prompt counted, {memory['whole']} beside {text['whole']}, {where} "
-            "(the paper: 0.184)",
+            f"input positions without media, with the system prompt, {memory['whole']} / {text['whole']}, {where} "
+            "(paper: 0.184)",
             memory["whole"] / text["whole"],
             "<=",
             0.20,
         ),
-        row(f"history positions alone, {memory['history']} beside {text['history']}",
+        row(f"history positions alone, {memory['history']} / {text['history']}",
             memory["history"] / text["history"], "<=", 0.06),
-        row(f"input positions with media, {memory['with_media']} beside {text['with_media']}",
+        row(f"input positions with media, {memory['with_media']} / {text['with_media']}",
             memory["with_media"] / text["with_media"]),
     ]  # fmt: skip
 
 
 def scan_rows(scan: dict) -> list[dict]:
-    """The scan beside transformers' default path."""
+    """Ratios of the scan to transformers' default path."""
     short, long = (str(length) for length in SCAN_LENGTHS)
     encoder, alone, rows = scan["encoder"], scan["scan"], []
     for length, wanted in ((short, 5.0), (long, 20.0)):
-        what = f"encoder of one layer, forward + backward, length {length}: times faster than transformers' default"
+        what = f"encoder of one layer, forward + backward, length {length}: speedup over transformers' default"
         rows.append(row(what, encoder[length]["speedup"], ">=", wanted))
-    rows.append(row(f"its peak memory at length {long}, beside the default", encoder[long]["memory"], "<=", 0.35))
-    rows += [row(f"the scan alone, length {length}: times faster", alone[length]["speedup"]) for length in alone]
-    return [*rows, row(f"peak memory of the scan alone at length {long}", alone[long]["memory"])]
+    rows.append(row(f"encoder of one layer, length {long}: peak memory / default", encoder[long]["memory"], "<=", 0.35))
+    rows += [row(f"scan alone, length {length}: speedup", alone[length]["speedup"]) for length in alone]
+    return [*rows, row(f"scan alone, length {long}: peak memory / default", alone[long]["memory"])]
 
 
 def turn_rows(turns: dict, arms: dict, reply: int) -> list[dict]:
-    """A streaming turn late beside early, and beside reading the history again."""
+    """Ratios of a late streaming turn to an early turn, and to encoding the history again."""
     early, late = TURN_PAIR
     streaming, compressed = arms["streaming"]["seconds"], arms["compressed"]["seconds"]
     return [
-        row(f"whole streaming turn at {late} utterances beside {early}",
+        row(f"whole streaming turn at {late} utterances / at {early} utterances",
             turns[late]["streaming"] / turns[early]["streaming"], "<=", 1.5),
-        row(f"prompt of a streaming turn at {late} utterances beside encoding the history anew (compressed)",
+        row(f"prompt of a streaming turn at {late} utterances / encoding the whole history again (compressed)",
             streaming / compressed, "<=", 0.05),
-        row("of these, the memory alone: the last two utterances beside the whole history",
+        row("memory encoder alone: the last two utterances / the whole history",
             turns[late]["reading"] / turns[late]["encoding"]),
-        row(f"the same with a reply of {reply} tokens and remembering it, beside a new session",
+        row(f"whole streaming turn with a reply of {reply} tokens / turn of a new session",
             turns[late]["streaming"] / turns[late]["anew"]),
     ]  # fmt: skip
 
 
 def paper_conversations(options: argparse.Namespace, processor) -> tuple[list[list[dict]], str]:
-    """Conversations with 20 and more utterances before the turn, and a sentence about them."""
+    """Return conversations with 20 or more utterances before the turn, and a description of them."""
     if options.data is None:
         counts = [PAPER_TURNS[i % len(PAPER_TURNS)] for i in range(options.dialogues)]
         made = [
@@ -107,35 +101,29 @@ def paper_conversations(options: argparse.Namespace, processor) -> tuple[list[li
             for place, count in enumerate(counts)
         ]
         return made, (
-            f"{len(made)} made dialogues of {PAPER_TURNS[0]} to {PAPER_TURNS[-1]} utterances before the turn, "
-            f"{options.utterance} tokens each: by default a prompt is then about as long as the paper's."
+            f"{len(made)} synthetic dialogues with {PAPER_TURNS[0]} to {PAPER_TURNS[-1]} utterances before the turn, "
+            f"{options.utterance} tokens each: with the default, a prompt is about as long as the paper's."
         )
     from datasets import load_dataset
 
-    from empathic.data_prep.views import dialogue_samples
+    from ..data_prep.views import dialogue_samples
 
     found = []
     columns = ["corpus", "split", "dialogue_id", "turn", "utterance_id", "speaker", "text", "emotion"]
     rows = load_dataset(options.data, split=options.split).select_columns(columns)
     for sample in dialogue_samples({**line, "audio": None, "video": None} for line in rows):
         if len(sample["prompt"]) > PAPER_TURNS[0] and len(found) < options.dialogues:
-            found.append([{**m, "content": text_of(m)} for m in sample["prompt"]])
+            found.append([{**m, "content": message_text(m)} for m in sample["prompt"]])
     if not found:
         raise SystemExit(
             f"{options.data}, split {options.split}: no turn has {PAPER_TURNS[0]} utterances before it. "
-            "Give a data set of longer dialogues, or leave --data out."
+            "Give a data set with longer dialogues, or remove --data."
         )
-    return found, f"{len(found)} turns of {options.data}, split {options.split}, {PAPER_TURNS[0]} utterances and more."
-
-
-def text_of(message: dict) -> str:
-    """The text of a message."""
-    content = message["content"]
-    return content if isinstance(content, str) else " ".join(item["text"] for item in content if "text" in item)
+    return found, f"{len(found)} turns of {options.data}, split {options.split}, after {PAPER_TURNS[0]}+ utterances."
 
 
 def measure_paper(model, processor, options: argparse.Namespace) -> dict:
-    """Averages over the dialogues, each arm (Sec. 5.5)."""
+    """Measure all arms and average over the dialogues (Sec. 5.5)."""
     conversations, about = paper_conversations(options, processor)
     found = [measure_arms(model, processor, messages, options.repeats) for messages in conversations]
     weights = weight_bytes(model)
@@ -148,17 +136,17 @@ def measure_paper(model, processor, options: argparse.Namespace) -> dict:
     media = {kind: statistics.mean(counts[kind]["with_media"] for counts in positions) for kind in ("text", "memory")}
     about += (
         f" With media a prompt has {media['text']:.1f} positions as text and {media['memory']:.1f} compressed. The "
-        "paper does not say whether its memory was taken with the logits of all positions. Its times and sizes are "
-        "those of another machine and other dialogues: compare the changes. BERTScore needs replies and is not here."
+        "paper does not say whether its memory includes the logits of all positions. Its times and sizes come from "
+        "another machine and other dialogues, so compare only the changes. BERTScore needs replies and is left out."
     )
     return {"about": about, "dialogues": len(found), "means": means, "with_media": media, "weight_bytes": weights}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The options, as the command line gives them."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m empathic.benchmarks.efficiency",
-        description="Table 3: what a conversation's history costs.",
+        description="Table 3: the cost of a conversation's history.",
         epilog="example:\n  python -m empathic.benchmarks.efficiency --preset tiny --turns 1 10 200",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -167,11 +155,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def settle(options: argparse.Namespace) -> argparse.Namespace:
-    """Fills in what follows from other options and from the machine."""
+    """Fill in defaults that depend on other options and on the machine."""
     options.utterance = options.utterance or (PAPER_UTTERANCE if options.paper else UTTERANCE)
     has_gpu = torch.cuda.is_available()
     if options.device == "cuda" and not has_gpu:
-        raise SystemExit("--device cuda: there is no GPU here. Leave it out to print the plan, or take --device cpu.")
+        raise SystemExit("--device cuda: there is no GPU here. Remove it to print the plan, or give --device cpu.")
     is_large = options.model is None and options.preset != "tiny"
     if is_large and options.device == "auto" and not has_gpu:
         options.plan = True
@@ -184,20 +172,20 @@ def settle(options: argparse.Namespace) -> argparse.Namespace:
 
 
 def describe_plan(model, processor, options: argparse.Namespace) -> str:
-    """Sizes of what would be measured."""
+    """Describe the sizes of a model that is not measured."""
     text = model.config.text_config
     width = 2 if options.dtype == "bfloat16" else 4
     head = text.hidden_size // text.num_attention_heads
     cache = 2 * width * head * text.num_key_value_heads * text.num_hidden_layers
     return (
         f"Nothing was measured. The weights take {weight_bytes(model) / 1e9:.2f} GB in {options.dtype}; each "
-        f"position takes {cache / 1024:.1f} KiB of keys and values, and {width * text.vocab_size / 1024:.0f} KiB where "
+        f"position takes {cache / 1024:.1f} KiB in the KV cache, and {width * text.vocab_size / 1024:.0f} KiB if "
         "the logits of all positions are computed."
     )
 
 
 def run(options: argparse.Namespace) -> dict:
-    """Measures, prints and writes; returns what it wrote."""
+    """Measure, print and write the results; return them."""
     options = settle(options)
     torch.set_num_threads(1)
     logging.set_verbosity_error()
@@ -245,12 +233,12 @@ def run(options: argparse.Namespace) -> dict:
     (folder / "efficiency.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (folder / "efficiency.md").write_text(report, encoding="utf-8")
     print(report)
-    print(f"All of it is in {folder}.")
+    print(f"All results are in {folder}.")
     return results
 
 
 def as_arguments(options: argparse.Namespace) -> list[str]:
-    """The options that decide what is measured, as one would type them."""
+    """The options that affect the results, as command-line arguments."""
     given = ["--model", str(options.model)] if options.model else ["--preset", options.preset]
     given += ["--paper"] if options.paper else ["--turns", *map(str, options.turns)]
     given += ["--data", options.data, "--split", options.split] if options.data else []
@@ -262,7 +250,7 @@ def as_arguments(options: argparse.Namespace) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Runs with the options of a command line."""
+    """Run the benchmark with command-line arguments."""
     return run(parse(argv))
 
 

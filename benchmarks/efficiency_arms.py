@@ -1,15 +1,15 @@
 """
-Four ways to give a language model a conversation's history, and what each costs to process a prompt (Table 3).
+Four ways ("arms") to give a language model a conversation's history, and their costs of processing a prompt (Table 3).
 
-| arm | the history is | kept from the turn before |
+| arm | form of the history | cached from the previous turn |
 |---|---|---|
 | `text` | chat turns | nothing |
-| `text_reuse` | chat turns | keys and values of the prompts' common beginning |
-| `compressed` | one vector an utterance, all encoded anew (the paper's way) | nothing |
-| `streaming` | one vector an utterance, as in `ChatSession` | the memory's state, keys and values |
+| `text_reuse` | chat turns | KV cache of the prompts' common prefix |
+| `compressed` | one vector per utterance, all encoded again (as in the paper) | nothing |
+| `streaming` | one vector per utterance, as in `ChatSession` | state of the memory encoder, KV cache |
 
-All arms process the same conversation up to the scores of the reply's first token, with keys and values kept for the
-tokens to come.
+All arms process the same conversation up to the logits of the reply's first token, and keep the KV cache for the
+following tokens.
 """
 
 import copy
@@ -21,24 +21,24 @@ from dataclasses import dataclass
 import torch
 from transformers import CLIPImageProcessorPil, DynamicCache, WhisperFeatureExtractor
 
-from empathic.benchmarks.memory_plan import LiveMemory, weight_bytes
-from empathic.benchmarks.shapes import build, preset_config
-from empathic.configuration_empathic import MEM_TOKEN
-from empathic.processing_empathic import EmpathicProcessor
-from empathic.tiny.dialogues import make_dialogues
-from empathic.tiny.language_model import prompt_texts
-from empathic.tiny.vocabulary import build_memory_tokenizer, build_text_tokenizer
-from empathic.trainers.checkpoint import load_model
+from ..configuration_empathic import MEM_TOKEN
+from ..processing_empathic import EmpathicProcessor
+from ..tiny.dialogues import make_dialogues
+from ..tiny.language_model import prompt_texts
+from ..tiny.vocabulary import build_memory_tokenizer, build_text_tokenizer
+from ..trainers.checkpoints.stage_folder import load_model
+from .memory_plan import LiveMemory, weight_bytes
+from .shapes import build, preset_config
 
 ARMS = ("text", "text_reuse", "compressed", "streaming")
-QUERIES = 32  # vectors of a clip's sound, and of its picture: the paper's, in every preset
-SLOW = 5.0  # seconds: what takes longer is run once
+QUERIES = 32  # vectors of a clip's audio, and of its video: the paper's number, for every preset
+SLOW = 5.0  # seconds: slower runs are timed only once
 
 
 def preset_parts(preset: str, dtype: torch.dtype, device: str):
     """
-    A model of the preset's sizes with random weights, and a processor for it. Its tokenizers are those of the tiny
-    preset: a token is a word or a mark, about as it is for Qwen2.5's tokenizer in plain English.
+    Build a model with the preset's sizes and random weights, and its processor. The processor has the tokenizers of the
+    tiny preset: a token is a word or a punctuation mark, roughly as for Qwen2.5's tokenizer in plain English.
     """
     tokenizer, memory_tokenizer = build_text_tokenizer(prompt_texts()), build_memory_tokenizer(prompt_texts())
     memory_tokenizer.add_special_tokens({"additional_special_tokens": [MEM_TOKEN]})
@@ -65,7 +65,7 @@ def preset_parts(preset: str, dtype: torch.dtype, device: str):
 
 
 def checkpoint_parts(path: str, dtype: torch.dtype, device: str):
-    """The model of a checkpoint, adapters merged, and its processor."""
+    """Load the model of a checkpoint, adapters merged, and its processor."""
     model = load_model(path, dtype=dtype)
     if hasattr(model, "merge_and_unload"):  # a PEFT model
         model = model.merge_and_unload()
@@ -74,12 +74,17 @@ def checkpoint_parts(path: str, dtype: torch.dtype, device: str):
 
 def make_conversation(processor: EmpathicProcessor, turns: int, tokens: int, seed: int = 0) -> list[dict]:
     """
-    A conversation whose last message is the user's turn: so many earlier utterances, each of whole words and at
-    most so many tokens of the language model, made of the tiny preset's sentences.
+    Make a conversation from the tiny preset's sentences. The last message is the user's turn.
+
+    Args:
+        processor: the processor whose text tokenizer counts the tokens.
+        turns: number of earlier utterances.
+        tokens: maximum tokens of an utterance, which has whole words only.
+        seed: seed of the random choices.
     """
     sentences = [turn["text"] for dialogue in make_dialogues(200, seed=seed) for turn in dialogue]
     rng, messages = random.Random(seed), []
-    for place in range(turns + 1):  # backwards from the turn: a longer history ends with the shorter one
+    for place in range(turns + 1):  # backwards from the turn, so that a longer history ends with the shorter history
         words: list[str] = []
         while len(processor.encode_plain(" ".join(words))) < tokens:
             words += rng.choice(sentences).split()
@@ -90,7 +95,7 @@ def make_conversation(processor: EmpathicProcessor, turns: int, tokens: int, see
 
 
 def with_clip(messages: list[dict], processor: EmpathicProcessor) -> list[dict]:
-    """The conversation with sound and picture in its last message; they stand for a clip where positions count."""
+    """Add placeholder audio and video features to the last message, for counting positions."""
     *earlier, turn = messages
     clips = [{"type": kind, "features": torch.zeros(1, 1)} for kind in ("audio", "video")]
     return [*earlier, {**turn, "content": [*clips, {"type": "text", "text": turn["content"]}]}]
@@ -98,11 +103,11 @@ def with_clip(messages: list[dict], processor: EmpathicProcessor) -> list[dict]:
 
 def count_positions(processor: EmpathicProcessor, messages: list[dict]) -> dict:
     """
-    Positions of the language model's input, system prompt and template included, as the processor gives them.
+    Count the input positions of the language model, including system prompt and template.
 
     Returns:
-        `{"text", "memory"}`: each `whole` prompt, `with_media`, and `history`: what the prompt has more than that of
-        the same turn without a history.
+        `{"text", "memory"}`: for each form of the history, the positions of the `whole` prompt, of the prompt
+        `with_media`, and of the `history`: the whole prompt minus the prompt of the same turn without a history.
     """
     counts = {}
     for history in ("text", "memory"):
@@ -115,13 +120,13 @@ def count_positions(processor: EmpathicProcessor, messages: list[dict]) -> dict:
 
 
 def shared(first: list[int], second: list[int]) -> int:
-    """The length of the common beginning, short of the whole of `second`: its last position gives the scores."""
+    """Length of the common prefix, excluding the last position of `second`, which must be run for its logits."""
     pairs = zip(first, second[:-1], strict=False)
     return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second) - 1))
 
 
 def fork(cache: DynamicCache, length: int) -> DynamicCache:
-    """The first positions of a cache, sharing its tensors; what is added goes into new ones."""
+    """Return the first positions of a cache, sharing its tensors; added positions go into new tensors."""
     forked = copy.copy(cache)
     forked.layers = [copy.copy(layer) for layer in cache.layers]
     if forked.get_seq_length() > length:
@@ -132,15 +137,15 @@ def fork(cache: DynamicCache, length: int) -> DynamicCache:
 @dataclass
 class Arm:
     """
-    One way, ready for a conversation.
+    An arm, prepared for a conversation.
 
     Attributes:
         prompt: token ids of the whole prompt.
-        new_positions: of them, those that the language model processes.
-        memory_tokens: tokens that the memory encoder reads.
-        held: tensors kept from the turn before.
-        run: processes the prompt; takes `logits_to_keep` (1: of the last position, 0: of all processed ones) and
-            returns the logits.
+        new_positions: number of positions that the language model processes.
+        memory_tokens: number of tokens that the memory encoder processes.
+        held: tensors cached from the previous turn.
+        run: function that processes the prompt; takes `logits_to_keep` (1: last position, 0: all processed positions)
+            and returns the logits.
     """
 
     prompt: list[int]
@@ -153,16 +158,15 @@ class Arm:
 @torch.inference_mode()
 def prepare_arms(model, processor: EmpathicProcessor, messages: list[dict]) -> dict[str, Arm]:
     """
-    The four arms for a conversation.
+    Prepare the four arms for a conversation.
 
-    What is kept comes from the turn before, which ended with the last two utterances of the history: the prompt of its
-    second last utterance had the history before it.
+    The cached tensors come from the previous turn, whose sentence and reply are the last two utterances of the history.
     """
     device, config = model.device, model.config
     text_ids = processor.prepare(messages, history="text")["input_ids"]
     given = processor.prepare(messages)
     ids, memory_ids = given["input_ids"], given["memory_input_ids"]
-    before = messages[:-2] if len(messages) > 2 else None  # the conversation up to the turn before
+    before = messages[:-2] if len(messages) > 2 else None  # the conversation up to the previous turn
 
     def tensor(row: list[int]) -> torch.Tensor:
         return torch.tensor([row], device=device)
@@ -170,7 +174,7 @@ def prepare_arms(model, processor: EmpathicProcessor, messages: list[dict]) -> d
     def fill(row: list[int], keep: int, **memory) -> DynamicCache:
         cache = DynamicCache(config=config.text_config)
         if keep:
-            model(input_ids=tensor(row[:keep]), past_key_values=cache, logits_to_keep=1, **memory)
+            model(input_ids=tensor(row[:keep]), cache=cache, logits_to_keep=1, **memory)
         return cache
 
     def layers(cache: DynamicCache) -> list[torch.Tensor]:
@@ -189,7 +193,7 @@ def prepare_arms(model, processor: EmpathicProcessor, messages: list[dict]) -> d
         earlier = processor.prepare(before)
         keep, known = shared(earlier["input_ids"], ids), len(earlier["memory_input_ids"])
         if known:
-            kept_vectors = {"memory_embeds": model.append_to_memory(state, memory[:, :known])[None]}
+            kept_vectors = {"memory_vectors": model.append_to_memory(state, memory[:, :known])[None]}
     cache, new, unread = fill(ids, keep, **kept_vectors), tensor(ids[keep:]), memory[:, known:].clone()
 
     def run_text(logits_to_keep: int) -> torch.Tensor:
@@ -197,7 +201,7 @@ def prepare_arms(model, processor: EmpathicProcessor, messages: list[dict]) -> d
 
     def run_text_reuse(logits_to_keep: int) -> torch.Tensor:
         past = fork(text_cache, text_keep)
-        return model(input_ids=text_new, past_key_values=past, logits_to_keep=logits_to_keep).logits
+        return model(input_ids=text_new, cache=past, logits_to_keep=logits_to_keep).logits
 
     def run_compressed(logits_to_keep: int) -> torch.Tensor:
         return model(input_ids=whole, memory_input_ids=memory, use_cache=True, logits_to_keep=logits_to_keep).logits
@@ -205,7 +209,7 @@ def prepare_arms(model, processor: EmpathicProcessor, messages: list[dict]) -> d
     def run_streaming(logits_to_keep: int) -> torch.Tensor:
         vectors = model.append_to_memory(state.fork(), unread)[None]
         past = fork(cache, keep)
-        return model(input_ids=new, memory_embeds=vectors, past_key_values=past, logits_to_keep=logits_to_keep).logits
+        return model(input_ids=new, memory_vectors=vectors, cache=past, logits_to_keep=logits_to_keep).logits
 
     return {
         "text": Arm(text_ids, len(text_ids), 0, [text], run_text),
@@ -221,8 +225,8 @@ def prepare_arms(model, processor: EmpathicProcessor, messages: list[dict]) -> d
     }
 
 
-class Meter:
-    """Seconds and bytes: of the processor and of live tensors on a CPU, of CUDA's events and allocator on a GPU."""
+class CostMeter:
+    """Measures time and memory: CPU time and live tensors on a CPU, CUDA events and CUDA's allocator on a GPU."""
 
     def __init__(self, model):
         self.weights = [*model.parameters(), *model.buffers()]
@@ -230,7 +234,7 @@ class Meter:
         self.weight_bytes = weight_bytes(model)
 
     def seconds(self, run) -> float:
-        """Of one call."""
+        """Measure the time of a call."""
         if not self.is_cuda:
             start = time.process_time()
             run()
@@ -244,12 +248,12 @@ class Meter:
         return start.elapsed_time(end) / 1000
 
     def peak(self, run, held: list[torch.Tensor]) -> int:
-        """The largest number of bytes during one call beside the weights; what was kept for it counts."""
+        """Measure the peak bytes during a call, without the weights but with the cached tensors."""
         if self.is_cuda:
             torch.cuda.empty_cache()
             torch.cuda.synchronize()
             kept = sum(tensor.untyped_storage().nbytes() for tensor in held)
-            before = torch.cuda.memory_allocated()  # also what other arms keep
+            before = torch.cuda.memory_allocated()  # includes the tensors of other arms
             torch.cuda.reset_peak_memory_stats()
             run()
             torch.cuda.synchronize()
@@ -259,7 +263,7 @@ class Meter:
         return live.peak - self.weight_bytes
 
     def alternate(self, runs: dict, repeats: int) -> dict[str, float]:
-        """Median seconds of each, run in turn after a first time; what takes longer than `SLOW` is run once."""
+        """Measure median seconds, alternating between the runs after a first round; slow runs are timed only once."""
         first = {name: self.seconds(run) for name, run in runs.items()}
         taken = {name: [] for name in runs}
         for _ in range(repeats):
@@ -272,14 +276,14 @@ class Meter:
 @torch.inference_mode()
 def measure_arms(model, processor: EmpathicProcessor, messages: list[dict], repeats: int) -> dict:
     """
-    What each arm costs for a conversation.
+    Measure the costs of each arm for a conversation.
 
     Returns:
-        {arm: `positions` (of the prompt), `new_positions`, `memory_tokens`, `seconds`, and the peak bytes beside the
-        weights `peak_bytes` (logits of the last position) and `peak_bytes_all_logits`, of which `kept_bytes` were
-        there before}.
+        {arm: `positions` (of the prompt), `new_positions`, `memory_tokens`, `seconds`, and the peak bytes without the
+        weights, `peak_bytes` (logits of the last position) and `peak_bytes_all_logits`; both include the `kept_bytes`
+        that were cached before the run}.
     """
-    arms, meter = prepare_arms(model, processor, messages), Meter(model)
+    arms, meter = prepare_arms(model, processor, messages), CostMeter(model)
     seconds = meter.alternate({name: lambda arm=arm: arm.run(1) for name, arm in arms.items()}, repeats)
     return {
         name: {

@@ -1,9 +1,9 @@
-"""The efficiency benchmark's results as Markdown tables and as plots."""
+"""Markdown tables and plots of the efficiency benchmark's results."""
 
 from pathlib import Path
 
-from empathic.benchmarks.efficiency_arms import ARMS, QUERIES
-from empathic.evaluation.published import TABLE_3
+from ..evaluation.published import TABLE_3
+from .efficiency_arms import ARMS, QUERIES
 
 TITLES = {
     "text": "full text",
@@ -15,28 +15,28 @@ MIB = 2**20
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; all columns but the first are aligned to the right."""
+    """Format a Markdown table; all columns but the first are right-aligned."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def number(value: float) -> str:
-    """Three digits that count."""
+    """Format a number with three significant digits, or all integer digits."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def ratio_table(rows: list[dict]) -> str:
-    """What is wanted, and whether it holds."""
+    """Format the ratios with their required bounds and whether the bounds hold."""
     cells = []
     for row in rows:
         wanted = "" if row["wanted"] is None else f"{row['bound']} {row['wanted']:g}"
         holds = "" if row["holds"] is None else "yes" if row["holds"] else "**no**"
         cells.append([row["what"], f"{row['measured']:.3g}", wanted, holds])
-    return table(["what", "measured", "wanted", "holds"], cells)
+    return table(["ratio", "measured", "required", "holds"], cells)
 
 
 def history_tables(histories: dict[str, dict]) -> str:
-    """Positions, seconds and memory by the history's length."""
+    """Format tables of positions, time and memory by the length of the history."""
     parts = []
     rows = [
         [
@@ -54,8 +54,8 @@ def history_tables(histories: dict[str, dict]) -> str:
     measured = {turns: entry["arms"] for turns, entry in histories.items() if entry["arms"]}
     for title, key, scale in (
         ("Prompt processing, milliseconds", "seconds", 1e3),
-        ("Peak memory beside the weights, MiB, logits of the last position only", "peak_bytes", 1 / MIB),
-        ("The same with the logits of all processed positions, MiB", "peak_bytes_all_logits", 1 / MIB),
+        ("Peak memory without the weights, logits of the last position only, MiB", "peak_bytes", 1 / MIB),
+        ("Peak memory without the weights, logits of all processed positions, MiB", "peak_bytes_all_logits", 1 / MIB),
     ):
         rows = [[turns, *(number(arms[arm][key] * scale) for arm in ARMS)] for turns, arms in measured.items()]
         if rows:
@@ -67,7 +67,7 @@ WAYS = ("text", "memory")
 
 
 def turn_table(turns: dict[str, dict]) -> str:
-    """Whole turns."""
+    """Format the table of whole turns."""
     rows = [
         [
             count,
@@ -77,12 +77,12 @@ def turn_table(turns: dict[str, dict]) -> str:
         for count, row in turns.items()
     ]
     header = ["utterances before", "positions processed", "streaming turn", "turn of a new session"]
-    header += ["encoding the history alone", "reading two utterances alone"]
+    header += ["memory encoder: whole history", "memory encoder: last two utterances"]
     return "Whole turns with a reply, milliseconds:\n\n" + table(header, rows)
 
 
 def paper_table(paper: dict) -> str:
-    """Averages over dialogues, beside Table 3."""
+    """Format the averages over dialogues, with the published rows of Table 3."""
     rows = []
     for arm in ARMS:
         means, base = paper["means"][arm], paper["means"]["text"]
@@ -108,21 +108,21 @@ def paper_table(paper: dict) -> str:
             cells.append(f"{row[key] * scale:g}{change}")
         rows.append(cells)
     header = [
-        "history", "input positions", "memory with the weights, GB", "the same with all logits, GB",
-        "beside the weights, MiB", "prompt processing, ms",
+        "history", "input positions", "memory with the weights, GB", "memory with the weights and all logits, GB",
+        "memory without the weights, MiB", "prompt processing, ms",
     ]  # fmt: skip
     return table(header, rows)
 
 
 def markdown(results: dict, plots: list[str]) -> str:
-    """The whole report."""
+    """Format the whole report."""
     settings, machine = results["settings"], results["machine"]
-    clock = "CUDA events" if settings["device"] == "cuda" else "the processor's time of one thread"
+    clock = "CUDA events" if settings["device"] == "cuda" else "CPU time of one thread"
     lines = [
         "# Cost of the conversation's history (paper's Table 3)",
         f"`{results['command']}`",
         f"{results['name']}, {settings['dtype']}, {machine['device']}, torch {machine['versions']['torch']}; "
-        f"time: {clock}, median of {settings['repeats']} runs in turn. {results['text']}",
+        f"time: {clock}, median of {settings['repeats']} alternating runs. {results['text']}",
     ]
     if results.get("ratios"):
         lines += ["## Ratios", ratio_table(results["ratios"])]
@@ -140,21 +140,22 @@ def markdown(results: dict, plots: list[str]) -> str:
 
 
 COUNTED = f"""\
-- Positions: the whole prompt as the processor writes it, system prompt and template included. *History alone* is what a
-  prompt has more than that of the same turn without a history: text with the roles and ends of its turns, or one vector
-  an utterance and the line that introduces them. *With media*: a clip's sound and picture, {QUERIES} vectors each in
-  the presets (as in the paper), and the words before them. The presets' tokenizers have a word or a mark a token.
-- Prompt processing: the model's forward passes up to the scores of the first token, memory encoder included;
-  tokenizing and media are not in it. Nothing is generated.
-- *Prefix kept* reuses the keys and values of the previous prompt as far as the two prompts begin alike. A past sentence
-  of the user stands in the history otherwise than it stood in its own turn, so the last exchange is processed anew.
-- Memory beside the weights: the largest number of bytes of tensors at one moment, with what was kept from the turn
-  before. On a CPU buffers inside a kernel are not seen.
-- *Whole turns* are calls of `ChatSession.reply`, tokenizing, generation and remembering included."""
+- Positions: the whole prompt from the processor, including system prompt and template. *History alone*: the whole
+  prompt minus the prompt of the same turn without a history, that is, text with the roles and markers of its turns, or
+  one vector per utterance and the line that introduces the vectors. *With media*: a clip's audio and video,
+  {QUERIES} vectors each in the presets (as in the paper), and the words before them. In the presets' tokenizers a token
+  is a word or a punctuation mark.
+- Prompt processing: the model's forward passes up to the logits of the first token, including the memory encoder, but
+  without tokenization and media. Nothing is generated.
+- *Prefix kept* reuses the KV cache of the previous prompt for the common prefix of the two prompts. In the history a
+  user's sentence is formatted differently than in its own turn, so the last exchange is processed again.
+- Memory without the weights: the peak bytes of tensors, including tensors cached from the previous turn. On a CPU,
+  buffers inside a kernel are not counted.
+- *Whole turns* are calls of `ChatSession.reply`, including tokenization, generation and remembering the turn."""
 
 
 def plot(results: dict, folder: Path) -> list[str]:
-    """Writes one PNG a quantity, both axes logarithmic; returns their names."""
+    """Write a PNG for each quantity, with logarithmic axes; return the file names."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -163,9 +164,9 @@ def plot(results: dict, folder: Path) -> list[str]:
     histories = {int(turns): entry["arms"] for turns, entry in results["histories"].items() if entry["arms"]}
     names = []
     for name, key, scale, label in (
-        ("positions", "new_positions", 1, "positions that the language model processes"),
+        ("positions", "new_positions", 1, "positions processed by the language model"),
         ("seconds", "seconds", 1e3, "prompt processing (ms)"),
-        ("memory", "peak_bytes", 1 / MIB, "peak memory beside the weights (MiB)"),
+        ("memory", "peak_bytes", 1 / MIB, "peak memory without the weights (MiB)"),
         ("memory_all_logits", "peak_bytes_all_logits", 1 / MIB, "peak memory, all logits (MiB)"),
     ):
         if not histories:

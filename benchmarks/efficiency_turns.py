@@ -1,17 +1,17 @@
-"""Whole turns of a `ChatSession`, beside those of one that has to read the history first."""
+"""Time whole turns of a running `ChatSession`, compared with a new session that must encode the history first."""
 
 import copy
 
 import torch
 
-from empathic.benchmarks.efficiency_arms import Meter
-from empathic.chat import ChatSession
+from ..chat import ChatSession
+from .efficiency_arms import CostMeter
 
 
 def session_at(model, processor, messages: list[dict], reply: int) -> ChatSession:
     """
-    A session in the middle of a conversation: it was given all but the last two of the earlier utterances at once, and
-    has then answered a turn, so that it keeps what a session keeps.
+    Return a session in the middle of a conversation: it has read all but the last two of the earlier utterances at
+    once and has then answered a turn, so that its caches are filled.
     """
     session = ChatSession(model, processor)
     session.remember(*messages[:-3])
@@ -24,17 +24,17 @@ def measure_turns(
     model, processor, conversations: dict[int, list[dict]], reply: int, repeats: int
 ) -> dict[int, dict[str, float]]:
     """
-    Seconds of whole turns: the prompt, a reply of `reply` tokens, and remembering both.
+    Measure the seconds of whole turns: the prompt, a reply of `reply` tokens, and remembering both.
 
     Args:
         conversations: {utterances before the turn: messages}, at least two utterances each.
 
     Returns:
-        {utterances: `streaming` (a running session), `anew` (a new session that is given the history first, as a stop
-        and start would without a saved state), `encoding` (of the history alone), `reading` (of its last two
-        utterances, into the carried state), and the `new_positions` of the streaming turn}.
+        {utterances: seconds of `streaming` (turn of a running session), `anew` (turn of a new session that first reads
+        the history, as after a restart without a saved state), `encoding` (encoding the history only), `reading`
+        (adding its last two utterances to the memory state), and the `new_positions` of the streaming turn}.
     """
-    meter, sessions, runs, results = Meter(model), {}, {}, {}
+    meter, sessions, runs, results = CostMeter(model), {}, {}, {}
     for turns, messages in conversations.items():
         sessions[turns] = session_at(model, processor, messages, reply)
         history, text = sessions[turns].messages, messages[-1]["content"]
@@ -43,7 +43,7 @@ def measure_turns(
         length = {"min_new_tokens": reply, "max_new_tokens": reply}
 
         def streaming(session=sessions[turns], text=text, length=length):
-            turn = copy.copy(session)  # a session replaces what it knows as a whole: the original stays where it is
+            turn = copy.copy(session)  # a turn replaces the session's attributes: the original stays unchanged
             turn.reply(text, **length)
             return turn.last_turn
 

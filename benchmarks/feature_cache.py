@@ -1,13 +1,12 @@
 """
-Stage `emotion` of the tiny preset from media and from the feature cache, in one run of one thread: seconds a step.
+Seconds per step of stage `emotion` of the tiny preset, from media and from the feature cache, with one thread.
 
     python -m empathic.benchmarks.feature_cache --output runs/benchmarks/feature_cache.json
 
-The encoders and the language model have the preset's sizes and random weights: speed does not depend on them. Two
-kinds of clips: the tiny corpus's (64 x 64 pixels, 10 frames a second, 0.96 s, 16 kHz mono), which cost hardly anything
-to decode, and the same performances as films of MELD's form (1280 x 720, 24000/1001 frames a second, 3.6 s, 48 kHz
-stereo). Clips are decoded in the training process; a data loader's workers would hide a part of it, as long as there
-are cores to spare.
+The encoders and the language model have the preset's sizes and random weights: speed does not depend on the weights.
+There are two kinds of clips: those of the tiny corpus (64 x 64 pixels, 10 frames per second, 0.96 s, 16 kHz mono),
+which are cheap to decode, and the same clips in MELD's format (1280 x 720, 24000/1001 frames per second, 3.6 s, 48 kHz
+stereo). Clips are decoded in the training process; with spare cores, data loader workers would hide part of this time.
 """
 
 import argparse
@@ -36,28 +35,28 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from empathic.benchmarks.machine import describe_machine
-from empathic.data_prep.folder import prepare_folder
-from empathic.media_empathic import read_audio, read_video
-from empathic.tiny.corpus import write_corpus
-from empathic.tiny.encoders import audio_config, feature_extractor, image_processor, vision_config
-from empathic.tiny.language_model import prompt_texts, tiny_text_config
-from empathic.tiny.memory_encoder import write_memory_encoder
-from empathic.tiny.vocabulary import build_memory_tokenizer, build_text_tokenizer
-from empathic.trainers import prepare_features, train
-from empathic.trainers.stages import freeze_for_stage
+from ..data_prep.corpora.folder import prepare_folder
+from ..media_empathic import read_audio, read_video
+from ..tiny.corpus import write_corpus
+from ..tiny.encoders import audio_config, feature_extractor, image_processor, vision_config
+from ..tiny.language_model import prompt_texts, tiny_text_config
+from ..tiny.memory_encoder import write_memory_encoder
+from ..tiny.vocabulary import build_memory_tokenizer, build_text_tokenizer
+from ..trainers import prepare_features, train
+from ..trainers.stages import freeze_for_stage
+from .machine import describe_machine
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "tiny" / "emotion.yaml"
-WARM_UP = 3  # steps that are not counted: first calls allocate
+WARM_UP = 3  # steps that are not timed, because first calls allocate memory
 CLIPS = ("tiny", "film")
-# Most clips of MELD have this size, rate and sound, and 3.6 s is the mean length of its utterances.
+# Most clips of MELD have this size, frame rate and sampling rate; 3.6 s is the mean length of its utterances.
 FILM_SIZE, FILM_RATE, FILM_SECONDS, FILM_SOUND = (1280, 720), Fraction(24000, 1001), 3.6, 48000
 
 
 class StepTimes(TrainerCallback):
     """
-    Seconds from the end of a step to the end of the next (loading its batch, forward, backward, update): by the clock,
-    and of the processor, which other processes disturb less.
+    Measures seconds from the end of a step to the end of the next step (loading the batch, forward, backward, update):
+    wall-clock time, and CPU time, which other processes disturb less.
     """
 
     def __init__(self):
@@ -68,7 +67,7 @@ class StepTimes(TrainerCallback):
         self.ends["processor"].append(time.process_time())
 
     def medians(self) -> dict[str, float]:
-        """Of the steps after the warm-up."""
+        """Median seconds of the steps after the warm-up."""
         return {
             name: statistics.median(end - start for start, end in itertools.pairwise(ends[WARM_UP:]))
             for name, ends in self.ends.items()
@@ -76,7 +75,7 @@ class StepTimes(TrainerCallback):
 
 
 def as_film(path: Path) -> None:
-    """Replaces a clip of the tiny corpus by a film of MELD's form that plays it again and again, with some grain."""
+    """Replace a clip of the tiny corpus by a clip in MELD's format that loops it, with added noise."""
     grain = np.random.default_rng(0).normal(0, 2, (10, FILM_SIZE[1], FILM_SIZE[0], 1))
     large = np.stack([Image.fromarray(frame).resize(FILM_SIZE) for frame in read_video(path, num_frames=len(grain))])
     pictures = (large + grain).clip(0, 255).astype(np.uint8)
@@ -99,7 +98,7 @@ def as_film(path: Path) -> None:
 
 
 def write_inputs(root: Path, dialogues: int, clips: str) -> None:
-    """A corpus of clips in `root/data`, and the four parts of a model in `root/parts`."""
+    """Write a corpus of clips to `root/data`, and the four parts of a model to `root/parts`."""
     write_corpus(root / "recordings", num_dialogues={"train": dialogues, "validation": 2, "test": 2}, progress=False)
     if clips == "film":
         for path in tqdm(sorted((root / "recordings" / "clips").glob("*.mp4")), "films", unit="film"):
@@ -119,16 +118,16 @@ def write_inputs(root: Path, dialogues: int, clips: str) -> None:
 
 
 def recipe(root: Path, steps: int) -> list[str]:
-    """The arguments of the tiny preset's stage `emotion`, on the inputs in `root`."""
+    """Return the training arguments for stage `emotion` of the tiny preset, with the inputs in `root`."""
     arguments = ["--config", str(RECIPE), "--dataset_name", str(root / "data"), "--output_dir", str(root / "run")]
-    for part in train.PARTS:
+    for part in train.PART_NAMES:
         arguments += [f"--{part}", str(root / "parts" / part)]
     arguments += ["--max_steps", str(steps + WARM_UP + 1), "--dataloader_num_workers", "0", "--use_cpu", "True"]
     return [*arguments, "--disable_tqdm", "True", "--logging_steps", "1", "--eval_strategy", "no"]
 
 
 def train_stage(arguments: list[str]) -> tuple[dict[str, float], list[float]]:
-    """Median seconds of a step of stage `emotion`, and the losses of all."""
+    """Train stage `emotion`; return the median seconds per step and all losses."""
     script, args, model_args = train.parse(arguments)
     set_seed(args.seed)
     model, processor, _ = train.build_model(script, model_args)
@@ -141,7 +140,7 @@ def train_stage(arguments: list[str]) -> tuple[dict[str, float], list[float]]:
 
 
 def measure(root: Path, steps: int, dialogues: int, draws: int, clips: str) -> dict:
-    """Both ways of training on one kind of clips, one after the other."""
+    """Train from media and then from the cache, on one kind of clips."""
     write_inputs(root, dialogues, clips)
     arguments = [*recipe(root, steps), "--frame_draws", str(draws)]
     cache = ["--feature_cache", str(root / "features")]
@@ -164,17 +163,17 @@ def measure(root: Path, steps: int, dialogues: int, draws: int, clips: str) -> d
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Measures, prints and writes; returns what it wrote."""
+    """Measure, print and write the results; return them."""
     parser = argparse.ArgumentParser(
-        description="Stage emotion of the tiny preset: seconds a step from media and from the feature cache.",
+        description="Stage emotion of the tiny preset: seconds per step from media and from the feature cache.",
         epilog="example:\n  python -m empathic.benchmarks.feature_cache --output runs/benchmarks/feature_cache.json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output", default="runs/benchmarks/feature_cache.json", help="JSON file (%(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="counted steps of each (%(default)s)")
-    parser.add_argument("--dialogues", type=int, default=12, help="about three clips each (%(default)s)")
-    parser.add_argument("--clips", nargs="+", choices=CLIPS, default=CLIPS, help="which clips (both)")
-    parser.add_argument("--draws", type=int, default=4, help="random frame draws a clip (%(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each run (%(default)s)")
+    parser.add_argument("--dialogues", type=int, default=12, help="dialogues, with about 3 clips each (%(default)s)")
+    parser.add_argument("--clips", nargs="+", choices=CLIPS, default=CLIPS, help="kinds of clips (default: both)")
+    parser.add_argument("--draws", type=int, default=4, help="random frame draws per clip (%(default)s)")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     logging.set_verbosity_error()
@@ -188,10 +187,10 @@ def main(argv: list[str] | None = None) -> dict:
     for clips in options.clips:
         for name, value in result[clips]["seconds_a_step"].items():
             milliseconds = {kind: f"{1000 * seconds:.0f} ms" for kind, seconds in value.items()}
-            print(f"{clips}, {name}: {milliseconds['clock']} a step, {milliseconds['processor']} of the processor")
+            print(f"{clips}, {name}: {milliseconds['clock']} per step, {milliseconds['processor']} of CPU time")
         ratio = result[clips]["ratio"]
-        print(f"{clips}: ratio {ratio['clock']:.1f}, of the processor {ratio['processor']:.1f}")
-    print(f"All of it is in {options.output}.")
+        print(f"{clips}: ratio {ratio['clock']:.1f}, in CPU time {ratio['processor']:.1f}")
+    print(f"All results are in {options.output}.")
     return result
 
 

@@ -1,18 +1,18 @@
 """
-Floating point operations of a training step, and what GPUs can do in a second.
+Floating point operations of a training step, and peak operations per second of GPUs.
 
-`model_flops` counts what the mathematics of a step needs: every matrix product once forward, once for the gradient of
-its input where one must pass, once for that of its weight where it trains. What checkpoints compute again is no part of
-it, so that it is the numerator of model FLOPs utilisation (Chowdhery et al. 2022, appendix B). Attention is counted in
-full, not its causal half, as torch's counter does.
+`model_flops` counts the operations that a step needs mathematically: each matrix product once in the forward pass, once
+for the gradient of its input if that gradient is needed, and once for the gradient of its weight if the weight trains.
+Recomputation by activation checkpointing is not counted, so the result is the numerator of model FLOPs utilization
+(Chowdhery et al. 2022, appendix B). Attention is counted in full, not only its causal half, as in torch's counter.
 """
 
 from torch import nn
 
-from empathic.benchmarks.shapes import Shapes
+from .shapes import Shapes
 
-# Dense bf16 operations a second (10^12) on the tensor cores, from the makers' data sheets (half of the figure where
-# they give it with sparsity). The first name that the device's name contains is taken.
+# Dense bf16 tensor core operations per second (10^12), from the vendor's data sheets (half of a figure with sparsity).
+# The first name that is contained in the device's name is used.
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200": 989.0,
@@ -29,16 +29,16 @@ PEAK_TFLOPS = {
     "RTX 4090": 165.2,
     "RTX 3090": 71.0,
 }
-SCAN_OPERATIONS = 6  # of Mamba's scan, for each channel, state and token: decay, drive, sum, and the product with C
+SCAN_OPERATIONS = 6  # of Mamba's scan per channel, state and token: decay, drive, sum, and the product with C
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """The device's dense bf16 peak in 10^12 operations a second, None if it is not in the table."""
+    """The device's dense bf16 peak in 10^12 operations per second; None if the device is not in the table."""
     return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
 
 
 def _products(modules, positions: int, gradient: bool) -> float:
-    """Operations of linear layers over `positions`; `gradient`: whether one passes through them."""
+    """Operations of linear layers over `positions`; `gradient`: whether their inputs need a gradient."""
     total = 0.0
     for module in modules:
         if isinstance(module, nn.Linear):
@@ -62,13 +62,13 @@ def _qformer(qformer, queries: int, positions: int, clips: int) -> float:
 
 def model_flops(model, stage: str, shapes: Shapes) -> dict[str, float]:
     """
-    Operations of one step by part of the model, without recomputation.
+    Count the operations of a step by part of the model, without recomputation.
 
     Args:
-        model: an `EmpathicForConditionalGeneration`, or a PEFT model of one, prepared for the stage; it may lie on the
-            meta device.
-        stage: whose batch it is.
-        shapes: of the batch.
+        model: an `EmpathicForConditionalGeneration`, or its PEFT model, prepared for the stage; it may be on the meta
+            device.
+        stage: the stage of the batch.
+        shapes: the shapes of the batch.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     body, config = model.model, model.config
@@ -76,7 +76,7 @@ def model_flops(model, stage: str, shapes: Shapes) -> dict[str, float]:
     memory_trains = any(parameter.requires_grad for parameter in body.memory.parameters())
 
     width = text.num_attention_heads * getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
-    # Of a pair's row, the second reply attends to all.
+    # In the packed row of a pair, attention of the second reply is computed over all positions.
     scores = samples * (length**2 + (shapes.reply * (length + shapes.reply) if stage == "epo" else 0))
     attention = 3 * 4.0 * scores * width * text.num_hidden_layers
     positions = shapes.positions(stage)
@@ -87,7 +87,7 @@ def model_flops(model, stage: str, shapes: Shapes) -> dict[str, float]:
     flops["memory"] = _products(memory.mamba.modules(), tokens, gradient=memory_trains)
     flops["memory"] += _products(memory.projector.modules(), samples * shapes.turns, gradient=memory_trains)
     mamba = config.memory_config
-    if mamba.model_type == "mamba":  # Mamba-2's scan is left out
+    if mamba.model_type == "mamba":  # Mamba-2's scan is not counted
         scan = (SCAN_OPERATIONS * mamba.state_size + 2 * mamba.conv_kernel) * mamba.intermediate_size
         flops["memory"] += (3.0 if memory_trains else 1.0) * scan * mamba.num_hidden_layers * tokens
 

@@ -1,17 +1,18 @@
-"""Where a benchmark ran."""
+"""Description of the machine that runs a benchmark."""
 
 import os
 import platform
 
 import torch
 
-from empathic.evaluation.results import versions
+from ..evaluation.results import versions
 
 
 def describe_machine(device: str = "cpu") -> dict:
     """
-    The machine's `device` (the GPU's name for "cuda", if there is one, else "cpu") and `processor`, its `cores`, the
-    `threads` in use, the `load` of one minute, CUDA's version and the memory in GiB for a GPU, and all `versions`.
+    Describe the machine: its `device` (the GPU's name for "cuda" if there is a GPU, else "cpu"), `processor` and
+    `cores`, the `threads` in use, the one-minute `load`, package `versions`, and for a GPU its memory in GiB and the
+    CUDA version.
     """
     is_cuda = device.startswith("cuda") and torch.cuda.is_available()
     found = {

@@ -1,9 +1,9 @@
 """
-How much device memory a stage's training step takes, estimated from the model's sizes.
+Estimate the device memory of a stage's training step from the model's sizes.
 
-Weights, gradients and AdamW's states are counted tensor by tensor, from the model itself (on the meta device, where no
-tensor has storage). Activations are estimated from what a layer keeps for its backward pass, with constants that were
-read off the layers' code and checked against the live tensors of small models on a CPU.
+Weights, gradients and AdamW's states are counted exactly, from the tensors of the model (on the meta device, where
+tensors have no storage). Activations are estimated from the tensors that a layer saves for its backward pass, with
+constants that were derived from the layers' code and checked against the live tensors of small models on a CPU.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -11,22 +11,25 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import nn
 
-from empathic.benchmarks.shapes import Shapes
-from empathic.trainers.log_probabilities import CHUNK_BYTES
+from ..trainers.packing.log_probabilities import CHUNK_BYTES
+from .shapes import Shapes
 
 GIB = 2**30
-SIZES = {"24 GB": 24, "48 GB": 48, "80 GB": 80, "141 GB": 140}  # GiB of cards that are sold by these names
-CONTEXT = 1.0  # GiB that CUDA and its libraries hold beside the tensors
-USABLE = 0.95  # share of the memory that can be filled before fragments are too small
+SIZES = {"24 GB": 24, "48 GB": 48, "80 GB": 80, "141 GB": 140}  # GPU memory as marketed -> GiB
+CONTEXT = 1.0  # GiB that CUDA and its libraries need in addition to the tensors
+USABLE = 0.95  # usable share of the memory; the rest is lost to fragmentation
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-MAMBA_KEPT, MAMBA_WORK = 40, 30  # bytes of a token and inner channel: kept for backward, and passing
+MAMBA_KEPT, MAMBA_WORK = 40, 30  # bytes per token and inner channel: saved for backward, and temporary
 SCAN_BLOCK = {"cuda": 2**25, "cpu": 2**19}  # elements of a block of the scan, as in scan_empathic
-NF4_BITS = 4 + 32 / 64  # of a weight in 4 bit: its own, and its share of a block's scale
+NF4_BITS = 4 + 32 / 64  # bits per 4-bit weight: the weight itself, and its share of the scale of its block
 
 
 @dataclass
 class MemoryPlan:
-    """Bytes. `total` is the largest of three moments: at the loss, in the language model's backward, in the memory."""
+    """
+    Estimated bytes of a training step. `total` is the maximum over three phases: the loss, the language model's
+    backward pass, and the memory encoder.
+    """
 
     weights: int
     gradients: int
@@ -47,16 +50,16 @@ class MemoryPlan:
         return self.weights + self.optimizer + self.batch + self.casts + max(at_loss, in_layers, in_memory)
 
     def fits(self, gib: float) -> bool:
-        """Whether it fits on a card with so many GiB."""
+        """Whether the step fits on a GPU with this many GiB."""
         return self.total + CONTEXT * GIB <= USABLE * gib * GIB
 
     def record(self) -> dict[str, float]:
-        """In GiB, for JSON."""
+        """Return the plan in GiB, for JSON."""
         return {name: round(value / GIB, 4) for name, value in {**asdict(self), "total": self.total}.items()}
 
 
 def weight_bytes(model: nn.Module, in_4bit: bool = False) -> int:
-    """Of parameters (each once, tied or not) and buffers; `in_4bit`: the language model's linear layers in NF4."""
+    """Bytes of parameters (tied ones once) and buffers; `in_4bit`: with the language model's linear layers in NF4."""
     quantised = set()
     if in_4bit:
         for name, module in model.named_modules():
@@ -70,7 +73,7 @@ def weight_bytes(model: nn.Module, in_4bit: bool = False) -> int:
 
 
 def trained_bytes(model: nn.Module) -> tuple[int, int]:
-    """Bytes of the gradients and of AdamW's states: two moments in the parameter's dtype and a step count each."""
+    """Bytes of gradients and of AdamW's states: per parameter two moments in its dtype, and a step count."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     return gradients, 2 * gradients + 4 * len(trained)
@@ -78,16 +81,16 @@ def trained_bytes(model: nn.Module) -> tuple[int, int]:
 
 def layer_bytes(model: nn.Module, width: int) -> tuple[float, float]:
     """
-    Bytes a position that a Qwen-like layer keeps for its backward pass, and that pass by beside them.
+    Bytes per position that a Qwen-like layer saves for its backward pass, and temporary bytes per position.
 
     Args:
-        model: prepared for its stage.
+        model: the model, prepared for its stage.
         width: bytes of an activation: 2 under bf16 autocast, 4 in fp32.
     """
     config = model.config.text_config
     hidden, inner = config.hidden_size, config.intermediate_size
-    # Two norms keep fp32 inputs; attention its query, key, value (repeated for the query's heads) and output; the
-    # gated unit its gate, the gate's activation and the other factor. Frozen linear layers keep nothing.
+    # Saved: by two norms their fp32 inputs; by attention its query, key, value (repeated for the query heads) and
+    # output; by the gated MLP its gate, the gate's activation and the other factor. Frozen linear layers save nothing.
     kept = 2 * 4 * hidden + 4 * width * hidden + 3 * width * inner
     work = 4 * width * hidden + 3 * width * inner
     first = next((name for name, _ in model.named_modules() if name.endswith("language_model.layers.0")), None)
@@ -95,9 +98,9 @@ def layer_bytes(model: nn.Module, width: int) -> tuple[float, float]:
     for name, module in layer.named_modules():
         if not name.endswith(".lora_A.default"):
             continue
-        # The adapter casts its input to fp32 (in passing); what its first matrix needs stays, with a dropout's mask.
+        # The adapter casts its input to fp32 (temporary); the input of its first matrix and the dropout mask are saved.
         dropout = layer.get_submodule(name.replace("lora_A", "lora_dropout"))
-        share = 1.0 if width == 2 or isinstance(dropout, nn.Dropout) else 0.5  # fp32 inputs are shared among targets
+        share = 1.0 if width == 2 or isinstance(dropout, nn.Dropout) else 0.5  # targets share fp32 inputs
         kept += share * width * module.in_features + width * module.out_features
         kept += module.in_features if isinstance(dropout, nn.Dropout) else 0
         work = max(work, 4 * width * hidden + (3 * width + (12 if width == 2 else 4)) * module.in_features)
@@ -114,16 +117,16 @@ def plan(
     device: str = "cuda",
 ) -> MemoryPlan:
     """
-    The memory of a training step on one device.
+    Estimate the memory of a training step on one device.
 
     Args:
-        model: an `EmpathicForConditionalGeneration`, or a PEFT model of one, prepared for the stage; on any device.
-        stage: whose batch it is.
-        shapes: of the batch.
-        checkpointing: whether layers are computed again in the backward pass (`activation_checkpointing`).
-        in_4bit: as `--load_in_4bit` would make the language model.
+        model: an `EmpathicForConditionalGeneration`, or its PEFT model, prepared for the stage; on any device.
+        stage: the stage of the batch.
+        shapes: the shapes of the batch.
+        checkpointing: whether layers are recomputed in the backward pass (`activation_checkpointing`).
+        in_4bit: whether the language model is quantized, as with `--load_in_4bit`.
         width: bytes of an activation: 2 under bf16 autocast, 4 in fp32.
-        device: `cuda` or `cpu`; the memory's scan takes larger blocks on a GPU.
+        device: `cuda` or `cpu`; the memory encoder's scan uses larger blocks on a GPU.
     """
     config = model.config
     text, mamba = config.text_config, config.memory_config
@@ -134,18 +137,18 @@ def plan(
     layers = text.num_hidden_layers
     checkpoints = positions * layers * (width * text.hidden_size if checkpointing else kept)
     layer = positions * (work + (kept if checkpointing else 0))
-    if in_4bit:  # the widest layer, unpacked for its product
+    if in_4bit:  # the widest layer, dequantized for its product
         layer += 2 * width * text.hidden_size * text.intermediate_size
 
-    # The memory keeps something where it trains; else a layer's tensors pass by before the language model runs.
+    # The memory encoder saves activations only if it trains; else its layers' tensors are temporary.
     inner, trains = mamba.intermediate_size, stage.startswith("memory")
     block = min(SCAN_BLOCK[device], tokens * inner * mamba.state_size)
     memory_layer = tokens * inner * (MAMBA_KEPT + (MAMBA_WORK if trains else 0))
-    memory_layer += 4 * block * (4 if trains else 2)  # fp32 states and decays; backward also their gradients
+    memory_layer += 4 * block * (4 if trains else 2)  # fp32 states and decays; in backward also their gradients
     each = 4 * mamba.hidden_size if checkpointing else MAMBA_KEPT * inner
     memory = tokens * mamba.num_hidden_layers * each if trains else 0
 
-    # A chunk of logits as they come and in fp32, and a gradient for each target's hidden state.
+    # A chunk of logits in their dtype and in fp32, and the gradient of each target's hidden state.
     targets = shapes.logits(stage)
     chunk = min(targets, max(8, CHUNK_BYTES[device] // (4 * text.vocab_size)))
     logits = chunk * text.vocab_size * (4 if width == 4 else 4 + width) + targets * text.hidden_size * width
@@ -157,7 +160,7 @@ def plan(
         gradients=gradients,
         optimizer=optimizer,
         batch=4 * (frames + sound) + 8 * (3 * shapes.rows(stage) * shapes.length(stage) + 2 * tokens),
-        casts=gradients // 2 if width == 2 else 0,  # autocast's bf16 copies of what trains in fp32
+        casts=gradients // 2 if width == 2 else 0,  # autocast's bf16 copies of the trained fp32 weights
         checkpoints=int(checkpoints),
         layer=int(layer),
         logits=int(logits),
@@ -167,7 +170,7 @@ def plan(
 
 
 def largest_batches(model: nn.Module, stage: str, shapes: Shapes, **options) -> dict[str, int]:
-    """The largest of `BATCHES` that fits on each of `SIZES`, 0 if none does. `options`: of `plan`."""
+    """The largest batch size of `BATCHES` that fits on each of `SIZES`, 0 if none fits. `options`: passed to `plan`."""
     plans = {size: plan(model, stage, replace(shapes, batch_size=size), **options) for size in BATCHES}
     return {
         name: max((size for size, estimate in plans.items() if estimate.fits(gib)), default=0)
@@ -176,7 +179,7 @@ def largest_batches(model: nn.Module, stage: str, shapes: Shapes, **options) -> 
 
 
 def parameters_by_part(model: nn.Module) -> dict[str, dict[str, int]]:
-    """{part: {"trained", "frozen"}}: how many parameters; tied ones count once."""
+    """Count parameters: {part: {"trained", "frozen"}}; tied parameters count once."""
     parts = ("language_model", "lm_head", "vision_tower", "audio_tower", "memory", "video_", "audio_")
     labels = ("language model", "head", "vision", "audio", "memory", "Q-formers", "Q-formers")
     counts: dict[str, dict[str, int]] = {}
@@ -190,11 +193,11 @@ def parameters_by_part(model: nn.Module) -> dict[str, dict[str, int]]:
 
 class LiveMemory(torch.utils._python_dispatch.TorchDispatchMode):
     """
-    The largest number of bytes that tensors hold at once while it is on: what a CPU has in place of
-    `torch.cuda.max_memory_allocated`. Buffers inside a kernel are not seen.
+    Records the peak bytes of live tensors while the mode is active, as a CPU counterpart of
+    `torch.cuda.max_memory_allocated`. Buffers inside a kernel are not counted.
 
     Args:
-        held: tensors that lie in memory from the start.
+        held: tensors that are in memory from the start.
     """
 
     def __init__(self, held):

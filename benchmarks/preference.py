@@ -1,21 +1,26 @@
 """
-EPOTrainer beside TRL's experimental CPOTrainer, on the same weights and pairs, in one run of one thread.
+Compare EPOTrainer with TRL's experimental CPOTrainer, on the same weights and pairs, in one run with one thread.
 
     python -m empathic.benchmarks.preference --output runs/benchmarks/preference.json
     python -m empathic.benchmarks.preference --sweep --output runs/benchmarks/preference_sweep.json
     python -m empathic.benchmarks.preference --preset qwen2.5-7b --output runs/benchmarks/preference_7b.json
 
-CPOTrainer has `loss_type="simpo"` and `cpo_alpha=1`, which is EPO's loss. A step is forward and backward, without an
-optimizer. The language model is frozen, with a head of its own; a LoRA adapter on its linear layers trains. Random
-weights of Qwen2.5-7B's proportions, of width 384: with the full vocabulary the head then weighs more than at 7B, with
-5,000 entries it takes the share of the operations that it takes at 7B.
+CPOTrainer uses `loss_type="simpo"` and `cpo_alpha=1`, which is EPO's loss. A step is a forward and a backward pass,
+without an optimizer. The language model is frozen, with an untied head; a LoRA adapter on its linear layers trains. The
+model has random weights, Qwen2.5-7B's proportions and width 384: with the full vocabulary the head has a larger share
+of the operations than in the 7B model, with 5,000 entries the same share.
 
-Reported are the CPU time of a step (the median, the trainers taking turns), the operations that torch counts, the peak
-of the bytes beside the weights, and the largest absolute difference of loss and gradients. `--sweep` varies one of
-prompt length, vocabulary and raggedness at a time, and draws the ratios beside the JSON file. The presets of public
-sizes need a GPU: without one their plan is printed. On it, time is by the clock, TRL's DPOTrainer with its fused head
-is a third side, and the share of the device's peak is told: of the operations that the mathematics needs (each prompt
-once, the head at the replies; the same for all, so this is model FLOPs utilisation), and of those that were counted.
+Four anchors with the same loss show each saving apart: the fused head of TRL's DPOTrainer, which has no tensor of all
+logits, with every position and with the replies only, as on a GPU; Liger's fused linear SimPO, if liger-kernel is
+installed; and EPOTrainer's packing, which has no padding, with each prompt computed twice.
+
+The report has the CPU time of a step (the median, alternating between the trainers), the operations that torch counts,
+the peak bytes without the weights, and the largest absolute differences of loss and gradients. A bar chart of the
+ratios lies next to the JSON file. `--sweep` varies prompt length, vocabulary and raggedness, one at a time and without
+the anchors, and plots the ratios. The presets of public sizes need a GPU: without a GPU only their plan is printed. On
+a GPU, time is wall-clock time, TRL's DPOTrainer with its own loss is one more side, and two shares of the device's peak
+are reported: for the operations that a step needs mathematically (each prompt once, the head at the replies only; equal
+for all trainers, so this is model FLOPs utilization), and for the counted operations.
 """
 
 import argparse
@@ -31,12 +36,15 @@ import datasets
 import torch
 import transformers
 
-from empathic.benchmarks.flops import peak_tflops
-from empathic.benchmarks.machine import describe_machine
-from empathic.benchmarks.memory_plan import GIB, weight_bytes
-from empathic.benchmarks.preference_sides import (
+from .flops import peak_tflops
+from .machine import describe_machine
+from .memory_plan import GIB, weight_bytes
+from .preference_anchors import unavailable
+from .preference_sides import (
     CPO,
+    DPO,
     FULL,
+    LADDER,
     OURS,
     SMALL,
     Case,
@@ -47,14 +55,7 @@ from empathic.benchmarks.preference_sides import (
     operations_of,
     preset,
 )
-from empathic.benchmarks.step_costs import (
-    Side,
-    largest_difference,
-    median_seconds,
-    norms_in_full,
-    operations,
-    watched_step,
-)
+from .step_costs import Side, largest_difference, median_seconds, norms_in_full, operations, watched_step
 
 RAGGED = ((110, 20, 40), (150, 40, 25), (200, 30, 35), (250, 35, 20))
 CASES = (
@@ -66,6 +67,7 @@ CASES = (
 )
 LARGEST_DIFFERENCE = 1e-8  # in fp64
 QUANTITIES = {"operations": ("GFLOP", 1e9), "seconds": ("s", 1.0), "memory": ("MiB", 2**20)}
+QUANTITY_TITLES = {"operations": "FLOPs", "seconds": "time", "memory": "peak memory without the weights"}
 SWEEP = {
     "prompt": ("prompt (tokens)", (64, 128, 256, 512)),
     "vocabulary": ("vocabulary (entries)", (SMALL, 32_000, FULL)),
@@ -74,7 +76,7 @@ SWEEP = {
 
 
 def swept_case(axis: str, value: float) -> Case:
-    """One pair of a prompt of 180 tokens and replies of 30; of raggedness, four with these means."""
+    """A pair with a prompt of 180 tokens and replies of 30; for raggedness, four pairs with these mean lengths."""
     name, one = f"{axis} {value:g}", (180, 30, 30)
     if axis == "prompt":
         return Case(name, ((int(value), 30, 30),), SMALL, exact=False)
@@ -88,24 +90,35 @@ def swept_case(axis: str, value: float) -> Case:
 
 
 def compare(sides: list[Side]) -> tuple[dict[str, int], dict]:
-    """A step of each -> its bytes of memory by trainer, and how far EPOTrainer and CPOTrainer lie apart."""
+    """
+    Run a step of each side; return the bytes by trainer and the differences between EPOTrainer and CPOTrainer.
+
+    The differences have `losses` by side, and in `apart`, for each side with CPOTrainer's loss, its absolute
+    differences from CPOTrainer in `loss` and `gradients` (the largest).
+    """
     watched = {side.name: watched_step(side) for side in sides}
-    losses = {side.name: watched[side.name][0] for side in sides[:2]}
-    gradients, largest = largest_difference(*sides[:2])
-    apart = {"loss": abs(losses[OURS] - losses[CPO]), "gradients": gradients, "largest_gradient": largest}
-    return {name: memory for name, (_, memory) in watched.items()}, {"losses": losses, **apart}
+    by_name = {side.name: side for side in sides}
+    losses = {name: watched[name][0] for name in by_name if name != DPO}
+    apart, largest = {}, 0.0
+    for name in losses.keys() - {CPO}:
+        gradients, largest = largest_difference(by_name[name], by_name[CPO])
+        apart[name] = {"loss": abs(losses[name] - losses[CPO]), "gradients": gradients}
+    differences = {"losses": losses, **apart[OURS], "largest_gradient": largest, "apart": apart}
+    return {name: memory for name, (_, memory) in watched.items()}, differences
 
 
 def measure(case: Case, chosen: Preset, options: argparse.Namespace) -> dict:
-    """Differences, costs by trainer and ratios of one case."""
-    on_gpu = options.device == "cuda"
+    """Measure the differences, the costs by trainer and the ratios of a case."""
+    on_gpu, with_anchors = options.device == "cuda", not options.sweep
     model, rows, differences = build(chosen, case.vocabulary, options.device), make_rows(case), {}
     with tempfile.TemporaryDirectory() as folder:
         if case.exact and chosen.dtype == "float32":
             with norms_in_full():
-                differences["float64"] = compare(make_sides(model.double(), case, rows, folder))[1]
+                differences["float64"] = compare(
+                    make_sides(model.double(), case, rows, folder, with_anchors=with_anchors)
+                )[1]
             model = model.float()
-        sides = make_sides(model, case, rows, folder, with_dpo=on_gpu or options.dpo)
+        sides = make_sides(model, case, rows, folder, on_gpu or options.dpo, with_anchors)
         memory, differences[chosen.dtype] = compare(sides)
         seconds = median_seconds(sides, options.steps)
         costs = {
@@ -113,7 +126,7 @@ def measure(case: Case, chosen: Preset, options: argparse.Namespace) -> dict:
             for side in sides
         }
     peak = options.peak_tflops or (peak_tflops(torch.cuda.get_device_name()) if on_gpu else None)
-    if peak is not None:  # one numerator for all: who wastes less of the same work has the higher utilisation
+    if peak is not None:  # `needed` has the same numerator for all trainers, so the utilizations are comparable
         for cost in costs.values():
             cost["needed"] = operations_of(model, case, shared=True) / cost["seconds"] / (peak * 1e12)
             cost["counted"] = cost["operations"] / cost["seconds"] / (peak * 1e12)
@@ -124,25 +137,31 @@ def measure(case: Case, chosen: Preset, options: argparse.Namespace) -> dict:
         "checkpointing": case.checkpointing,
         "costs": costs,
         "ratios": {name: costs[OURS][name] / costs[CPO][name] for name in QUANTITIES},
+        "anchors": {
+            side: {name: cost[name] / costs[CPO][name] for name in QUANTITIES}
+            for side, cost in costs.items()
+            if with_anchors and side != DPO
+        },
         "differences": differences,
     }
 
 
 def table_rows(found: dict, wanted: dict[str, float]) -> list[dict]:
-    """The table's lines of one case: `compared` is a ratio, or a difference."""
-    lines = []
+    """Return the table's rows of a case; `compared` is a ratio or a difference."""
+    lines, costs = [], {name: cost for name, cost in found["costs"].items() if name in (OURS, CPO, DPO)}
     for name, (unit, scale) in QUANTITIES.items():
-        values = {trainer: cost[name] / scale for trainer, cost in found["costs"].items()}
+        values = {trainer: cost[name] / scale for trainer, cost in costs.items()}
         line = {"quantity": f"{name}, {unit}", "values": values, "compared": found["ratios"][name]}
         lines.append(line | {"wanted": wanted.get(name)})
     for name in ("needed", "counted"):
-        values = {trainer: cost[name] for trainer, cost in found["costs"].items() if name in cost}
+        values = {trainer: cost[name] for trainer, cost in costs.items() if name in cost}
         if values:
-            line = {"quantity": f"FLOPs utilisation, {name}", "values": values, "wanted": None}
+            line = {"quantity": f"FLOPs utilization, {name}", "values": values, "wanted": None}
             lines.append(line | {"compared": values[OURS] / values[CPO]})
     for dtype, differences in found["differences"].items():
         limit = LARGEST_DIFFERENCE if dtype == "float64" else None
-        line = {"quantity": f"loss, {dtype}", "values": differences["losses"], "compared": differences["loss"]}
+        values = {name: differences["losses"][name] for name in (OURS, CPO)}
+        line = {"quantity": f"loss, {dtype}", "values": values, "compared": differences["loss"]}
         lines.append(line | {"wanted": limit})
         values = {CPO: differences["largest_gradient"]}
         line = {"quantity": f"gradients (the largest), {dtype}", "values": values}
@@ -154,9 +173,9 @@ def table_rows(found: dict, wanted: dict[str, float]) -> list[dict]:
 
 
 def markdown(lines: list[dict]) -> str:
-    """The lines of `table_rows` as a table."""
+    """Format the rows of `table_rows` as a Markdown table."""
     trainers = list(dict.fromkeys(name for line in lines for name in line["values"]))
-    heads = ["case", "quantity", *trainers, "ratio or difference", "wanted", "holds"]
+    heads = ["case", "quantity", *trainers, "ratio or difference", "required", "holds"]
     text = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for line in lines:
         values = [f"{line['values'][name]:.4g}" if name in line["values"] else "" for name in trainers]
@@ -167,8 +186,25 @@ def markdown(lines: list[dict]) -> str:
     return "\n".join(text)
 
 
+def anchor_markdown(cases: list[dict]) -> str:
+    """Format the costs of CPOTrainer's loss as shares of CPOTrainer's, each saving after the other."""
+    dtypes = list(dict.fromkeys(dtype for found in cases for dtype in found["differences"]))
+    heads = [*QUANTITIES, *(f"{what}, {dtype}" for dtype in dtypes for what in ("loss", "gradients"))]
+    text = ["| case | side | " + " | ".join(heads) + " |", "|---" * (2 + len(heads)) + "|"]
+    for found in cases:
+        for side in LADDER:
+            if side not in found["anchors"]:
+                continue
+            cells = [f"{found['anchors'][side][name]:.3f}" for name in QUANTITIES]
+            for dtype in dtypes:
+                apart = found["differences"].get(dtype, {}).get("apart", {}).get(side)
+                cells += ["", ""] if apart is None else [f"{apart['loss']:.0e}", f"{apart['gradients']:.0e}"]
+            text.append(f"| {found['name']} | {side} | " + " | ".join(cells) + " |")
+    return "\n".join(text)
+
+
 def sweep_markdown(sweep: dict[str, list[dict]]) -> str:
-    """Ratios of EPOTrainer to CPOTrainer by what was varied."""
+    """Format the ratios of EPOTrainer to CPOTrainer by the varied quantity."""
     text = ["| varied | value | operations | time | memory |", "|---|---|---|---|---|"]
     for axis, points in sweep.items():
         for point in points:
@@ -177,17 +213,46 @@ def sweep_markdown(sweep: dict[str, list[dict]]) -> str:
     return "\n".join(text)
 
 
+def plot_anchors(cases: list[dict], path: Path) -> None:
+    """Plot the ratios of each side to CPOTrainer as bars, with a panel for each quantity."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sides = [side for side in LADDER if any(side in found["anchors"] for found in cases)]
+    high = 0.8 / len(sides)
+    figure, panels = pyplot.subplots(
+        1, len(QUANTITIES), figsize=(11, 0.6 + 1.35 * len(cases)), sharey=True, squeeze=False, layout="constrained"
+    )
+    for panel, (quantity, title) in zip(panels[0], QUANTITY_TITLES.items(), strict=True):
+        for place, side in enumerate(sides):
+            found = [
+                (row + place * high, case["anchors"][side]) for row, case in enumerate(cases) if side in case["anchors"]
+            ]
+            panel.barh([y for y, _ in found], [ratios[quantity] for _, ratios in found], high, label=side)
+        panel.axvline(1.0, color="grey", linewidth=0.8)
+        panel.set_title(title, fontsize=10)
+        panel.set_xlabel("share of CPOTrainer's")
+        panel.grid(axis="x", alpha=0.3)
+    panels[0][0].set_yticks([row + 0.4 - high / 2 for row in range(len(cases))], [case["name"] for case in cases])
+    panels[0][0].invert_yaxis()
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9)
+    with pyplot.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(path)
+    pyplot.close(figure)
+
+
 def plot(sweep: dict[str, list[dict]], path: Path) -> None:
-    """One panel for each thing that was varied."""
+    """Plot the ratios, with a panel for each varied quantity."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, len(sweep), figsize=(4.2 * len(sweep), 3.6), sharey=True, squeeze=False)
-    labels = {"operations": "FLOPs", "seconds": "time", "memory": "peak memory beside the weights"}
     for panel, (axis, points) in zip(panels[0], sweep.items(), strict=True):
-        for name, label in labels.items():
+        for name, label in QUANTITY_TITLES.items():
             panel.plot([p["value"] for p in points], [p["ratios"][name] for p in points], marker="o", label=label)
         if axis != "raggedness":
             panel.set_xscale("log", base=2)
@@ -205,7 +270,7 @@ def plot(sweep: dict[str, list[dict]], path: Path) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The options, checked."""
+    """Parse and check the options."""
     parser = argparse.ArgumentParser(
         prog="python -m empathic.benchmarks.preference", description=__doc__.strip().split("\n")[0]
     )
@@ -213,11 +278,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=presets, default="small", help="Language model (%(default)s).")
     parser.add_argument("--steps", type=int, default=3, help="Timed steps of each trainer (%(default)s).")
     parser.add_argument("--cases", type=int, nargs="+", help=f"Numbers of the cases, from 1 to {len(CASES)}; else all.")
-    parser.add_argument("--sweep", action="store_true", help="Vary lengths and vocabulary in place of the cases.")
-    parser.add_argument("--dpo", action="store_true", help="TRL's DPOTrainer also on a CPU.")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="cpu for small and tiny, cuda for the others.")
-    parser.add_argument("--peak_tflops", type=float, help="The device's dense bf16 peak, where it is not known.")
-    parser.add_argument("--output", type=Path, help="JSON file; the sweep's plot lies beside it as .png.")
+    parser.add_argument("--sweep", action="store_true", help="Vary lengths and vocabulary instead of using the cases.")
+    parser.add_argument("--dpo", action="store_true", help="Run TRL's DPOTrainer on a CPU too.")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="Default: cpu for small and tiny, else cuda.")
+    parser.add_argument("--peak_tflops", type=float, help="The device's dense bf16 peak, if it is unknown.")
+    parser.add_argument(
+        "--output", type=Path, help="JSON file; the plot has the same name with .svg, or for a sweep .png."
+    )
     options = parser.parse_args(argv)
     if options.steps < 1:
         parser.error(f"--steps must be at least 1, got {options.steps}")
@@ -228,9 +295,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def cases_of(chosen: Preset, options: argparse.Namespace) -> list[Case]:
-    """The asked-for cases in the preset's sizes; a public model has its own vocabulary only."""
+    """Return the requested cases in the preset's sizes; public models have the full vocabulary only."""
     cases = [CASES[number - 1] for number in options.cases or range(1, len(CASES) + 1)]
-    if options.preset != "small":  # for which the ratios are wanted
+    if options.preset != "small":  # the required ratios are for `small` only
         cases = [replace(case, wanted={}) for case in cases]
     if options.preset.startswith("qwen"):
         cases = [case for case in cases if case.vocabulary == FULL]
@@ -238,7 +305,7 @@ def cases_of(chosen: Preset, options: argparse.Namespace) -> list[Case]:
 
 
 def plan(cases: list[Case], chosen: Preset) -> list[dict]:
-    """What each case would be, from a model without storage."""
+    """Compute the sizes and operations of each case, from a model without storage."""
     planned = []
     for case in cases:
         model = build(chosen, case.vocabulary, "meta")
@@ -249,17 +316,17 @@ def plan(cases: list[Case], chosen: Preset) -> list[dict]:
 
 
 def describe(planned: dict) -> str:
-    """A planned case in words."""
+    """Describe a planned case."""
     return (
         f"{planned['name']}: vocabulary {planned['vocabulary']:,}, weights {planned['weights_gib']:.2f} GiB; "
-        f"{planned['needed_tflops']:.3g} TFLOPs a step are needed (prompts once, the head at the replies), "
-        f"{planned['rows_tflops']:.3g} as two padded rows a pair with all logits: "
+        f"a step needs {planned['needed_tflops']:.3g} TFLOPs (prompts once, the head at the replies only), "
+        f"{planned['rows_tflops']:.3g} as two padded rows per pair with all logits: ratio "
         f"{planned['needed_tflops'] / planned['rows_tflops']:.2f}"
     )
 
 
 def measure_all(cases: list[Case], chosen: Preset, options: argparse.Namespace) -> list[dict]:
-    """`measure` of each case, where a device that is too small is a result as well."""
+    """Measure each case; running out of memory is recorded as a result."""
     found = []
     for case in cases:
         try:
@@ -276,12 +343,12 @@ def measure_all(cases: list[Case], chosen: Preset, options: argparse.Namespace) 
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Measures what it can, prints tables, and returns (and writes) everything."""
+    """Measure or plan the cases, print tables, and return and write all results."""
     options = parse(argv)
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)  # TRL's calls
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)  # from TRL
     chosen = preset(options.preset)
     config = chosen.config
     result = {
@@ -301,8 +368,8 @@ def main(argv: list[str] | None = None) -> dict:
     }
     print(
         f"Random {chosen.dtype} weights: width {config.hidden_size}, {config.num_hidden_layers} layers, "
-        f"{'a tied' if config.tie_word_embeddings else 'its own'} head, frozen; LoRA of rank {chosen.rank} trains. "
-        f"{result['step']}; median of {options.steps}; {torch.get_num_threads()} thread.\n"
+        f"{'tied' if config.tie_word_embeddings else 'untied'} head, frozen; LoRA of rank {chosen.rank} trains. "
+        f"{result['step']}; median of {options.steps} steps; {torch.get_num_threads()} thread.\n"
     )
     if options.sweep:
         points = {axis: [swept_case(axis, value) for value in values] for axis, (_, values) in SWEEP.items()}
@@ -329,10 +396,18 @@ def main(argv: list[str] | None = None) -> dict:
         result["cases"] = measure_all(points["cases"], chosen, options)
         measured = [pair for pair in zip(result["cases"], points["cases"], strict=True) if "costs" in pair[0]]
         result["table"] = [line for found, case in measured for line in table_rows(found, case.wanted)]
+        result["skipped"] = unavailable()
         print(markdown(result["table"]))
+        anchored = [found for found, _ in measured]
+        print(f"\nThe same loss, as shares of {CPO}'s cost, and differences from its loss and gradients:\n")
+        print(anchor_markdown(anchored))
+        for name, reason in result["skipped"].items():
+            print(f"\nNot measured: {name} ({reason}).")
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        if result.get("table"):
+            plot_anchors(anchored, options.output.with_suffix(".svg"))
         if "sweep" in result:
             plot(result["sweep"], options.output.with_suffix(".png"))
     return result

@@ -1,8 +1,9 @@
-"""The same random weights and the same pairs, given to EPOTrainer and to TRL's trainers."""
+"""Build EPOTrainer, TRL's trainers and the anchors on the same random weights and the same pairs."""
 
 import copy
 import os
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,29 +18,36 @@ from accelerate.utils import send_to_device
 from datasets import Dataset
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-from empathic.benchmarks.shapes import preset_config
-from empathic.benchmarks.step_costs import Side
-from empathic.trainers.epo_config import EPOConfig
-from empathic.trainers.epo_trainer import EPOTrainer
+from ..trainers.compat import enable_activation_checkpointing
+from ..trainers.epo_config import EPOConfig
+from ..trainers.epo_trainer import EPOTrainer
+from .preference_anchors import FUSED, FUSED_REPLIES, LIGER, fused_head_loss, liger_loss, unavailable
+from .shapes import preset_config
+from .step_costs import Side
 
 OURS, CPO, DPO = "EPOTrainer", "CPOTrainer", "DPOTrainer"
-FULL, SMALL = 151_936, 5_000  # entries of Qwen2.5-7B's vocabulary; that with the head's share at 7B in the small model
+UNSHARED = "EPOTrainer, prompts twice"
+# From CPOTrainer to EPOTrainer, each saving after the other: no tensor of all logits, by TRL or Liger; the head at the
+# replies only; no padding; each prompt once.
+LADDER = (CPO, FUSED, LIGER, FUSED_REPLIES, UNSHARED, OURS)
+# Vocabulary sizes: Qwen2.5-7B's, and the size that gives the head of the small model the same share as in the 7B model.
+FULL, SMALL = 151_936, 5_000
 BETA, GAMMA = 2.0, 0.5
-FIRST_ID = 2  # of words; below are the end of a reply and padding
+FIRST_ID = 2  # first id of the words, after the end-of-reply and padding tokens
 
 
 @dataclass(frozen=True)
 class Case:
     """
-    Pairs of one batch, and what is wanted of them.
+    A batch of pairs, and the required ratios.
 
     Args:
-        name: in tables.
-        lengths: tokens of prompt, chosen and rejected of each pair; each reply's last one is its end.
+        name: name in tables.
+        lengths: tokens of prompt, chosen and rejected of each pair, including the end token of each reply.
         vocabulary: entries of the embedding and of the head.
-        checkpointing: whether layers are computed again in the backward pass.
-        exact: also compared in fp64, which takes twice the memory.
-        wanted: the largest ratio of ours to TRL's, by quantity.
+        checkpointing: whether layers are recomputed in the backward pass.
+        exact: whether to compare in fp64 too, which needs twice the memory.
+        wanted: maximum ratio of ours to TRL's, by quantity.
     """
 
     name: str
@@ -50,7 +58,7 @@ class Case:
     wanted: dict[str, float] = field(default_factory=dict)
 
     def scaled(self, divisor: int, vocabulary: int) -> "Case":
-        """With lengths and vocabulary for a tiny model."""
+        """Return the case with lengths and vocabulary for a tiny model."""
         lengths = tuple(tuple(max(2, tokens // divisor) for tokens in pair) for pair in self.lengths)
         return replace(self, lengths=lengths, vocabulary=vocabulary)
 
@@ -76,14 +84,14 @@ def _config(hidden: int, inner: int, layers: int, heads: int) -> Qwen2Config:
         num_key_value_heads=1,
         tie_word_embeddings=False,
         bos_token_id=None,
-        initializer_range=0.06,  # three times the usual: logits then spread about as those of a trained model do
+        initializer_range=0.06,  # three times the default, so that the logits are spread about as in a trained model
     )
 
 
 def preset(name: str) -> Preset:
     """
-    `small`: Qwen2.5-7B's proportions at a width of 384. With 8 layers, a head with 5,000 entries has 7% of the
-    operations of a step with P 180 and C 30, as the whole head has in the 7B model.
+    Return a preset. `small` has Qwen2.5-7B's proportions at width 384. With 8 layers, a head with 5,000 entries has 7%
+    of the operations of a step with P 180 and C 30, the same share as the full head in the 7B model.
     """
     if name == "tiny":
         return Preset(_config(32, 64, 2, heads=4), rank=2, full=1000, small=200, divisor=16)
@@ -94,8 +102,8 @@ def preset(name: str) -> Preset:
 
 def build(chosen: Preset, vocabulary: int, device: str) -> PeftModel:
     """
-    A language model with random weights that lie frozen, the head too, and a LoRA adapter on all its linear layers but
-    the head that trains. Both matrices of the adapter are random, so that every parameter has a gradient.
+    Build a language model with frozen random weights and a trainable LoRA adapter on all linear layers except the head.
+    Both matrices of the adapter are random, so that every parameter has a gradient.
     """
     set_seed(0)
     config = copy.deepcopy(chosen.config)
@@ -109,13 +117,13 @@ def build(chosen: Preset, vocabulary: int, device: str) -> PeftModel:
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """A copy with an adapter of its own over the same frozen weights."""
+    """Copy a model: the copy has its own adapter and shares the frozen weights."""
     shared = {id(value): value for value in model.parameters() if not value.requires_grad}
     return copy.deepcopy(model, memo=shared)
 
 
 def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """Each number below `vocabulary` is a token of its own, so that strings have exact lengths."""
+    """Build a tokenizer in which each number below `vocabulary` is a token, so that strings have exact lengths."""
     words = {"<end>": 0, "<pad>": 1, **{str(number): number for number in range(FIRST_ID, vocabulary)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -123,26 +131,29 @@ def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def make_rows(case: Case) -> list[dict]:
-    """Plain preference rows of random words. (TRL ends replies of conversational rows twice.)"""
+    """Make plain preference rows of random words. (TRL would add two end tokens in conversational rows.)"""
     generator = torch.Generator().manual_seed(1)
 
     def words(count: int) -> str:
         ids = torch.randint(FIRST_ID, case.vocabulary, (count,), generator=generator)
         return "".join(f" {number}" for number in ids.tolist())
 
-    # Every reply is one word shorter than its length: the trainers end it.
+    # Every reply is one word shorter than its length, because the trainers add the end token.
     return [
         {"prompt": words(prompt).strip(), "chosen": words(chosen - 1), "rejected": words(rejected - 1)}
         for prompt, chosen, rejected in case.lengths
     ]
 
 
-def make_sides(model: PeftModel, case: Case, rows: list[dict], folder: str, with_dpo: bool = False) -> list[Side]:
+def make_sides(
+    model: PeftModel, case: Case, rows: list[dict], folder: str, with_dpo: bool = False, with_anchors: bool = False
+) -> list[Side]:
     """
-    EPOTrainer, TRL's experimental CPOTrainer with the same loss and, if asked for, TRL's DPOTrainer.
+    Build EPOTrainer, TRL's experimental CPOTrainer with the same loss, and optionally TRL's DPOTrainer and the anchors.
 
-    The latter has another loss. Its reference's log-probabilities are given, as if they had been computed beforehand,
-    which is its fastest way.
+    DPOTrainer has a different loss. It gets reference log-probabilities as if they were precomputed, which is its
+    fastest mode. The anchors have the same loss: the rest of `LADDER`, without what `unavailable` names, and on a GPU
+    without `FUSED_REPLIES`, which there equals `FUSED`.
     """
     device, dtype = model.device, next(model.parameters()).dtype
     tokenizer = word_tokenizer(case.vocabulary)
@@ -155,47 +166,64 @@ def make_sides(model: PeftModel, case: Case, rows: list[dict], folder: str, with
         "disable_tqdm": True,
         "per_device_train_batch_size": len(rows),
     }
-    # Nothing is cut: TRL's limit is past the longest pair.
-    theirs = common | {
+    # Nothing is truncated: TRL's limit is above the longest pair.
+    settings = common | {
         "max_length": max(prompt + max(chosen, rejected) for prompt, chosen, rejected in case.lengths) + 1,
         "gradient_checkpointing": case.checkpointing,
     }
-    args = EPOConfig(**common, gamma=GAMMA, activation_checkpointing=case.checkpointing)
-    trainers = {OURS: EPOTrainer(copy_of(model), args, processing_class=tokenizer)}
-    args = CPOConfig(**theirs, loss_type="simpo", cpo_alpha=1.0, simpo_gamma=GAMMA, remove_unused_columns=False)
     data = Dataset.from_list(rows)
-    trainers[CPO] = CPOTrainer(copy_of(model), args, train_dataset=data, processing_class=tokenizer)
+
+    def ours(share_prompt: bool) -> EPOTrainer:
+        args = EPOConfig(**common, gamma=GAMMA, activation_checkpointing=case.checkpointing, share_prompt=share_prompt)
+        return EPOTrainer(copy_of(model), args, processing_class=tokenizer)
+
+    def cpo() -> CPOTrainer:
+        args = CPOConfig(**settings, loss_type="simpo", cpo_alpha=1.0, simpo_gamma=GAMMA, remove_unused_columns=False)
+        return CPOTrainer(copy_of(model), args, train_dataset=data, processing_class=tokenizer)
+
+    sides = [_side(OURS, ours(True), rows, case), _side(CPO, cpo(), rows, case)]
     if with_dpo:
-        args = DPOConfig(**theirs, loss_type="sigmoid")
-        trainers[DPO] = DPOTrainer(copy_of(model), args=args, train_dataset=data, processing_class=tokenizer)
-        trainers[DPO].precompute_ref_logps = True
-    return [_side(name, trainer, rows, case.checkpointing) for name, trainer in trainers.items()]
+        args = DPOConfig(**settings, loss_type="sigmoid")
+        trainer = DPOTrainer(copy_of(model), args=args, train_dataset=data, processing_class=tokenizer)
+        trainer.precompute_ref_logps = True
+        sides.append(_side(DPO, trainer, rows, case))
+    if with_anchors:
+        sides.append(_side(UNSHARED, ours(False), rows, case))
+        losses = {FUSED: lambda trainer: fused_head_loss(trainer, False), LIGER: liger_loss}
+        if device.type != "cuda":
+            losses[FUSED_REPLIES] = lambda trainer: fused_head_loss(trainer, True)
+        for name, loss in losses.items():
+            if name not in unavailable():
+                trainer = cpo()
+                sides.append(_side(name, trainer, rows, case, loss(trainer)))
+    return sides
 
 
-def _side(name: str, trainer, rows: list[dict], checkpointing: bool) -> Side:
-    """The trainer and its batch as they are when `train()` takes its first step."""
-    items = rows if name == OURS else [trainer.train_dataset[index] for index in range(len(rows))]
+def _side(name: str, trainer: Any, rows: list[dict], case: Case, compute_loss=None) -> Side:
+    """Prepare a trainer and its batch as in the first step of `train()`; `compute_loss`: instead of the trainer's."""
+    items = rows if isinstance(trainer, EPOTrainer) else [trainer.train_dataset[index] for index in range(len(rows))]
     batch = send_to_device(trainer.data_collator(items), trainer.args.device)
     if name == DPO:
         batch |= {
             f"ref_{side}_logps": torch.zeros(len(rows), device=trainer.args.device) for side in ("chosen", "rejected")
         }
     model = trainer.model.train()
-    if checkpointing:
-        model.activation_checkpointing_enable()
-    return Side(name, trainer.accelerator.prepare_model(model), batch, trainer.compute_loss)
+    if case.checkpointing:
+        enable_activation_checkpointing(model)
+    return Side(name, trainer.accelerator.prepare_model(model), batch, compute_loss or trainer.compute_loss)
 
 
 def operations_of(model: nn.Module, case: Case, shared: bool) -> float:
     """
-    Operations of the matrix products of a step, from sizes alone: forward, the gradients of all inputs but the
-    embedding's output, those of the weights that train; nothing computed again. Attention is counted in full.
+    Count the operations of a step's matrix products from sizes alone: the forward pass, the gradients of all inputs
+    except the embedding's output, and the gradients of the trained weights, without recomputation. Attention is counted
+    in full.
 
     Args:
-        model: as `build` makes it; it may lie on the meta device.
-        case: whose batch it is.
-        shared: each prompt once and the head at the replies' tokens only, which is what the mathematics needs; else two
-            padded rows a pair and the head at every position, as CPOTrainer has them.
+        model: result of `build`; it may be on the meta device.
+        case: the case of the batch.
+        shared: True counts each prompt once and the head at the replies' tokens only, which is the mathematical
+            minimum; False counts two padded rows per pair and the head at every position, as in CPOTrainer.
     """
     config, base = model.config, model.get_base_model()
     longest = max(prompt + max(replies) for prompt, *replies in case.lengths)
@@ -214,5 +242,5 @@ def operations_of(model: nn.Module, case: Case, shared: bool) -> float:
         if isinstance(module, nn.Linear):
             passes_on = not name.startswith(reads_embedding) or "lora_B" in name
             total += 2.0 * module.weight.numel() * positions * (1 + passes_on + module.weight.requires_grad)
-    width = config.hidden_size  # of all query heads together
+    width = config.hidden_size  # total width of all query heads
     return total + 3 * 4.0 * scores * width * config.num_hidden_layers

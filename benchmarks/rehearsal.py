@@ -3,10 +3,10 @@ Full-size rehearsal: stages `memory_multi`, `dialogue` and `epo` on random weigh
 
     python -m empathic.benchmarks.rehearsal --preset qwen2.5-7b --output runs/benchmarks/rehearsal.json
 
-Each stage takes real optimizer steps of the real trainers, with the recipe's freezing, LoRA, batch size and activation
-checkpointing, on batches of stated shapes. Reported are the peak of the allocated memory, seconds a step, tokens a
-second and model FLOPs utilisation. Without a GPU, or with --plan, it prints what it would train, how much memory that
-should take and what fits on which card, and ends.
+Each stage runs optimizer steps of its real trainer, with the recipe's freezing, LoRA, batch size and activation
+checkpointing, on random batches of given shapes. The report has the peak of the allocated memory, seconds per step,
+tokens per second and model FLOPs utilization. Without a GPU, or with --plan, the rehearsal only prints its plan: the
+trained parameters, the estimated memory, and the largest batch for each size of GPU.
 """
 
 import argparse
@@ -23,35 +23,35 @@ import yaml
 from tokenizers import Tokenizer, models
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedTokenizerFast, TrainerCallback, set_seed
 
-from empathic.benchmarks.flops import model_flops, peak_tflops
-from empathic.benchmarks.machine import describe_machine
-from empathic.benchmarks.memory_plan import GIB, SIZES, LiveMemory, largest_batches, parameters_by_part, plan
-from empathic.benchmarks.shapes import Shapes, build, make_batch, prepare, preset_config
-from empathic.benchmarks.step_costs import CPU_ATTENTION
-from empathic.trainers.epo_config import EPOConfig
-from empathic.trainers.epo_trainer import EPOTrainer
-from empathic.trainers.packed_rows import PackedLoss
-from empathic.trainers.stages import LORA_STAGES, StageConfig
+from ..trainers.epo_config import EPOConfig
+from ..trainers.epo_trainer import EPOTrainer
+from ..trainers.stage_trainer import StageTrainer
+from ..trainers.stages import LORA_STAGES, StageConfig
+from .flops import model_flops, peak_tflops
+from .machine import describe_machine
+from .memory_plan import GIB, SIZES, LiveMemory, largest_batches, parameters_by_part, plan
+from .shapes import Shapes, build, make_batch, prepare, preset_config
+from .step_costs import CPU_ATTENTION
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 STAGES = ("memory_multi", "dialogue", "epo")
-WARM_UP = 2  # steps that are not timed: first calls allocate, and choose their kernels
-PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}  # stands for a preference row; its tensors are made
+WARM_UP = 2  # steps that are not timed, because first calls allocate memory and select kernels
+PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}  # placeholder for a preference row; the tensors are random
 
 
 def read_recipe(preset: str, stage: str) -> dict:
-    """The stage's recipe, with what it leaves to the defaults."""
+    """Read the stage's recipe, with defaults filled in."""
     recipe = yaml.safe_load((RECIPES / preset / f"{stage}.yaml").read_text(encoding="utf-8"))
-    if stage == "epo":  # the adapter is the dialogue stage's
+    if stage == "epo":  # it continues with the adapter of the dialogue stage
         dialogue = read_recipe(preset, "dialogue")
         recipe |= {key: value for key, value in dialogue.items() if key.startswith("lora_")}
     return {"activation_checkpointing": False, "bf16": False, "dtype": "float32", **recipe}
 
 
 class Numbers(Dataset):
-    """Stands for a data set: the collator makes the batch."""
+    """Placeholder data set of row numbers: the collator makes the batch."""
 
     def __init__(self, length: int):
         self.length = length
@@ -65,8 +65,9 @@ class Numbers(Dataset):
 
 class StepMeter(TrainerCallback):
     """
-    Times each step, forward to update, with the device idle at both ends. In one more step it counts operations, and on
-    a CPU in another one live tensors: the counter's hooks keep what checkpoints would let go.
+    Measures the seconds of each step, forward to update, with the device synchronized before and after. One further
+    step counts operations, and on a CPU another step records live tensors. These are separate steps because the hooks
+    of the operation counter keep tensors that checkpointing would free.
     """
 
     def __init__(self, model, steps: int):
@@ -101,20 +102,16 @@ class StepMeter(TrainerCallback):
             self.live.__exit__(None, None, None)
 
 
-class SupervisedTrainer(PackedLoss, Trainer):
-    """The loss of the supervised stages, without what surrounds it."""
-
-
 def stand_in_tokenizer() -> PreTrainedTokenizerFast:
-    """EPOTrainer wants one; the batches are made without."""
+    """Build a minimal tokenizer, because EPOTrainer requires one; the random batches do not use it."""
     tokenizer = Tokenizer(models.WordLevel({"x": 0}, unk_token="x"))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="x", pad_token="x")
 
 
 def make_trainer(model, stage: str, recipe: dict, options: argparse.Namespace, shapes: Shapes, folder: str):
-    """The stage's trainer over made batches."""
-    steps = WARM_UP + options.steps + 2  # operations and live tensors are counted in the last two, which are slower
-    kind, trainer = (EPOConfig, EPOTrainer) if stage == "epo" else (StageConfig, SupervisedTrainer)
+    """Build the stage's trainer on random batches."""
+    steps = WARM_UP + options.steps + 2  # the last two steps count operations and live tensors, and are slower
+    kind, trainer = (EPOConfig, EPOTrainer) if stage == "epo" else (StageConfig, StageTrainer)
     args = kind(
         output_dir=folder,
         per_device_train_batch_size=shapes.batch_size,
@@ -142,7 +139,7 @@ def make_trainer(model, stage: str, recipe: dict, options: argparse.Namespace, s
 
 
 def measure(stage: str, recipe: dict, options: argparse.Namespace, shapes: Shapes) -> dict:
-    """Builds the model on the device, trains it for some steps, and returns what was measured."""
+    """Build the model on the device, train it for some steps, and return the measurements."""
     set_seed(0)
     is_cuda = options.device != "cpu"
     model = prepare(build(options.config, getattr(torch, options.dtype), options.device), stage, recipe)
@@ -172,7 +169,7 @@ def measure(stage: str, recipe: dict, options: argparse.Namespace, shapes: Shape
 
 
 def try_to_measure(stage: str, recipe: dict, options: argparse.Namespace, shapes: Shapes) -> dict:
-    """`measure`, where a device that is too small is a result as well."""
+    """Measure a stage; running out of memory is returned as a result."""
     try:
         return measure(stage, recipe, options, shapes)
     except torch.OutOfMemoryError as error:
@@ -184,24 +181,24 @@ def try_to_measure(stage: str, recipe: dict, options: argparse.Namespace, shapes
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The options, checked; `config` and `activation_checkpointing` by stage are added."""
+    """Parse and check the options; add `config`, `recipes` and `activation_checkpointing` by stage."""
     parser = argparse.ArgumentParser(prog="python -m empathic.benchmarks.rehearsal", description=__doc__.split("\n")[1])
     parser.add_argument("--preset", choices=("qwen2.5-7b", "qwen2.5-0.5b", "tiny"), default="qwen2.5-7b")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--batch_size", type=int, help="Samples, or pairs of stage epo; the recipes' if left out.")
-    parser.add_argument("--turns", type=int, default=20, help="Earlier utterances of each sample.")
+    parser.add_argument("--batch_size", type=int, help="Samples, or pairs in stage epo (default: the recipe's).")
+    parser.add_argument("--turns", type=int, default=20, help="Earlier utterances per sample.")
     parser.add_argument("--sentence", type=int, default=30, help="Tokens of an utterance.")
     parser.add_argument("--reply", type=int, default=40, help="Tokens of a reply.")
     parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), help="Of the frozen weights; the recipes' if left out."
+        "--dtype", choices=("bfloat16", "float32"), help="Dtype of the frozen weights (default: the recipe's)."
     )
-    parser.add_argument("--steps", type=int, default=5, help="Steps that are timed.")
+    parser.add_argument("--steps", type=int, default=5, help="Timed steps.")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument(
-        "--checkpointing", action=argparse.BooleanOptionalAction, help="Of activations; the recipes' if left out."
+        "--checkpointing", action=argparse.BooleanOptionalAction, help="Checkpoint activations (default: the recipe's)."
     )
-    parser.add_argument("--peak_tflops", type=float, help="The device's dense bf16 peak, where it is not known.")
-    parser.add_argument("--plan", action="store_true", help="Print the plan only.")
+    parser.add_argument("--peak_tflops", type=float, help="The device's dense bf16 peak, if it is unknown.")
+    parser.add_argument("--plan", action="store_true", help="Only print the plan.")
     parser.add_argument("--output", type=Path, help="JSON file for the results.")
     options = parser.parse_args(argv)
     for name in ("turns", "sentence", "reply", "steps"):
@@ -221,7 +218,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def shapes_of(stage: str, options: argparse.Namespace) -> Shapes:
-    """The stage's batch; its size is the recipe's if it is not given."""
+    """The shapes of the stage's batch; the default batch size is the recipe's."""
     size = options.batch_size or options.recipes[stage]["per_device_train_batch_size"]
     config = options.config
     return Shapes(
@@ -235,7 +232,7 @@ def shapes_of(stage: str, options: argparse.Namespace) -> Shapes:
 
 
 def plan_stage(stage: str, options: argparse.Namespace) -> dict:
-    """Parameters by part, the memory estimate and the batches that fit, from a model without storage."""
+    """Compute parameters by part, estimated memory and largest batches, from a model without storage."""
     model = prepare(build(options.config, getattr(torch, options.dtype), "meta"), stage, options.recipes[stage])
     shapes, width = shapes_of(stage, options), 2 if options.dtype == "bfloat16" else 4
     checkpointing = options.activation_checkpointing[stage]
@@ -260,12 +257,12 @@ def plan_stage(stage: str, options: argparse.Namespace) -> dict:
 
 
 def describe(stage: str, planned: dict) -> str:
-    """A stage's plan in words."""
+    """Describe the plan of a stage."""
     lines = [
         f"{stage}: {planned['rows']} rows of {planned['length']} positions ({planned['targets_per_row']} targets), "
         f"{planned['memory_length']} memory tokens each; activation checkpointing "
         f"{'on' if planned['activation_checkpointing'] else 'off'}; "
-        f"{planned['model_tflops_per_step']:.3g} model TFLOPs a step"
+        f"{planned['model_tflops_per_step']:.3g} model TFLOPs per step"
     ]
     for part, count in planned["parameters"].items():
         lines.append(f"  {part:15} trained {count['trained']:>13,}   frozen {count['frozen']:>13,}")
@@ -275,7 +272,7 @@ def describe(stage: str, planned: dict) -> str:
 
 
 def table(stages: dict[str, dict]) -> str:
-    """Markdown: the largest batch that fits, by stage and card."""
+    """Format a Markdown table of the largest batch that fits, by stage and size of GPU."""
     lines = ["| stage | language model | " + " | ".join(SIZES) + " |", "|" + "---|" * (2 + len(SIZES))]
     for stage, planned in stages.items():
         for kind, label in (("recipe", "as loaded"), ("4-bit", "4-bit")):
@@ -285,7 +282,7 @@ def table(stages: dict[str, dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Prints the plan, measures where it can, and returns (and writes) both."""
+    """Print the plan, measure if possible, and return and write both."""
     options = parse(argv)
     results = {
         "command": " ".join(["python -m empathic.benchmarks.rehearsal", *(sys.argv[1:] if argv is None else argv)]),
@@ -298,9 +295,9 @@ def main(argv: list[str] | None = None) -> dict:
         "plan": {stage: plan_stage(stage, options) for stage in options.stages},
         "measured": {},
     }
-    print(f"Plan of preset {options.preset}; every figure of it is an estimate, but for the parameters.\n")
+    print(f"Plan of preset {options.preset}; all figures except the numbers of parameters are estimates.\n")
     print("\n".join(describe(stage, planned) for stage, planned in results["plan"].items()))
-    print(f"\nLargest batch that should fit (estimated; of {', '.join(SIZES)}):\n\n{table(results['plan'])}\n")
+    print(f"\nLargest batch that should fit on {', '.join(SIZES)} (estimated):\n\n{table(results['plan'])}\n")
 
     has_device = options.device == "cpu" or torch.cuda.is_available()
     if options.plan or not has_device:
@@ -314,8 +311,8 @@ def main(argv: list[str] | None = None) -> dict:
                 continue
             mfu = "unknown (give --peak_tflops)" if found["mfu"] is None else f"{found['mfu']:.1%}"
             print(
-                f"{stage}: peak {found['peak_memory_gib']:.2f} GiB measured, {found['seconds_per_step']:.3f} s a step, "
-                f"{found['tokens_per_second']:.0f} tokens/s, model FLOPs utilisation {mfu}"
+                f"{stage}: measured peak {found['peak_memory_gib']:.2f} GiB, {found['seconds_per_step']:.3f} s/step, "
+                f"{found['tokens_per_second']:.0f} tokens/s, model FLOPs utilization {mfu}"
             )
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
 """
-The selective scan beside transformers' default path: seconds and memory of a forward and a backward pass.
+Compare our selective scan with transformers' default path: seconds and memory of a forward and a backward pass.
 
-transformers runs Mamba-1 without the mamba-ssm kernels as a loop over time under autograd. Compared are the scans
-alone, and a whole encoder of one layer, whose projections cost both sides the same. Both sides compute the same values,
-which is checked.
+Without the mamba-ssm kernels, transformers runs Mamba-1 as a loop over time under autograd. We compare the scans alone,
+and whole encoders of one layer, whose projections have equal costs on both sides. Both sides compute equal gradients;
+the results include their largest difference.
 """
 
 import statistics
@@ -14,20 +14,22 @@ from torch.nn import functional as F
 from transformers import MambaConfig, MambaModel
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
-from empathic.benchmarks.memory_plan import LiveMemory
-from empathic.memory_empathic import MambaCompressor
-from empathic.scan_empathic import selective_scan
+from ..memory_empathic import MambaCompressor
+from ..scan_empathic import selective_scan
+from .memory_plan import LiveMemory
 
-STATE = 16  # of Mamba's recurrence, as in the public models
+STATE_SIZE = 16  # state size of Mamba's recurrence, as in the public models
 MEM = 99  # id of <MEM>
 
 
 def scan_sides(width: int, length: int, batch: int) -> dict:
-    """{"ours", "transformers"}: (run, tensors that it holds). `run()` gives the gradient of the scan's input."""
+    """
+    Return {"ours", "transformers"}: (`run`, tensors that it holds). `run()` returns the gradient of the scan's input.
+    """
     draw = torch.Generator().manual_seed(0)
-    u, B, C = (torch.randn(batch, length, size, generator=draw) for size in (width, STATE, STATE))
+    u, B, C = (torch.randn(batch, length, size, generator=draw) for size in (width, STATE_SIZE, STATE_SIZE))
     delta = F.softplus(torch.randn(batch, length, width, generator=draw) - 3)
-    A = -torch.arange(1.0, STATE + 1).repeat(width, 1)
+    A = -torch.arange(1.0, STATE_SIZE + 1).repeat(width, 1)
     tensors = [tensor.requires_grad_() for tensor in (u, delta, A, B, C)]
 
     def backward(y: torch.Tensor) -> torch.Tensor:
@@ -44,8 +46,8 @@ def scan_sides(width: int, length: int, batch: int) -> dict:
 
 
 def encoder_sides(width: int, length: int, batch: int) -> dict:
-    """As `scan_sides`, of encoders of one layer; `run()` gives the gradient of the embedding of `<MEM>`."""
-    config = MambaConfig(hidden_size=width, num_hidden_layers=1, vocab_size=100, state_size=STATE)
+    """Like `scan_sides`, for encoders of one layer; `run()` returns the gradient of the embedding of `<MEM>`."""
+    config = MambaConfig(hidden_size=width, num_hidden_layers=1, vocab_size=100, state_size=STATE_SIZE)
     torch.manual_seed(0)
     ours = MambaCompressor(config, width, MEM, projector_scale=1.0)
     plain = MambaModel(config)
@@ -70,7 +72,7 @@ def encoder_sides(width: int, length: int, batch: int) -> dict:
 
 
 def peaks(sides: dict) -> dict:
-    """{side: (largest number of bytes that tensors held at once, inputs and weights included; `run()`'s gradient)}."""
+    """Return {side: (peak bytes of live tensors, including inputs and weights; gradient from `run()`)}."""
     found = {}
     for name, (run, held) in sides.items():
         with LiveMemory(held) as live:
@@ -81,18 +83,18 @@ def peaks(sides: dict) -> dict:
 
 def compare(sides: dict, repeats: int) -> dict:
     """
-    Runs both sides in turn.
+    Run both sides alternately.
 
     Returns:
-        of each side `seconds` (median, of the processor) and `peak_bytes`; `speedup`, `memory` (ours / transformers)
-        and `largest_difference` of the gradients, relative to the largest entry.
+        for each side `seconds` (median CPU time) and `peak_bytes`; `speedup`, `memory` (ours / transformers), and the
+        `largest_difference` of the gradients relative to the largest entry.
     """
     seconds = {name: [] for name in sides}
     for turn in range(repeats + 1):
         for name, (run, _) in sides.items():
             start = time.process_time()
             run()
-            if turn:  # the first call allocates
+            if turn:  # the first call is not timed, because it allocates memory
                 seconds[name].append(time.process_time() - start)
     found = peaks(sides)
     result = {
@@ -110,7 +112,7 @@ def compare(sides: dict, repeats: int) -> dict:
 
 
 def measure_scan(repeats: int = 5, width: int = 256, lengths: tuple[int, ...] = (128, 512), batch: int = 1) -> dict:
-    """{"scan", "encoder"}: {length: `compare`} of the scans alone and of encoders of one layer."""
+    """Return {"scan", "encoder"}: {length: result of `compare`}, for the scans alone and for encoders of one layer."""
     return {
         "scan": {str(length): compare(scan_sides(width, length, batch), repeats) for length in lengths},
         "encoder": {str(length): compare(encoder_sides(width, length, batch), repeats) for length in lengths},

@@ -1,4 +1,4 @@
-"""The models and the batches of the rehearsal: sizes of the public models, random weights, random ids."""
+"""Models and batches of the rehearsal: the sizes of the public models, with random weights and random ids."""
 
 from dataclasses import dataclass
 
@@ -7,20 +7,20 @@ from peft import get_peft_model
 from transformers import MambaConfig, Qwen2Config
 from trl import ModelConfig, get_peft_config
 
-from empathic.configuration_empathic import EmpathicConfig
-from empathic.modeling_empathic import EmpathicForConditionalGeneration
-from empathic.tiny.encoders import audio_config, vision_config
-from empathic.trainers.preference_collator import IGNORE
-from empathic.trainers.stages import LORA_STAGES, freeze_for_stage, lora_targets
+from ..configuration_empathic import EmpathicConfig
+from ..modeling_empathic import EmpathicForConditionalGeneration
+from ..tiny.encoders import audio_config, vision_config
+from ..trainers.losses import IGNORE_INDEX
+from ..trainers.stages import LORA_STAGES, freeze_for_stage, lora_targets
 
-NAME_TOKENS = 4  # of an utterance beside its sentence: the speaker's name, a colon, a line break
-IDS = 4  # random ids start here; those below are the tiny preset's placeholders
+NAME_TOKENS = 4  # tokens of an utterance in addition to its sentence: the speaker's name, a colon, a line break
+FIRST_ID = 4  # first random id; the ids below are the tiny preset's placeholders
 
 
 def preset_config(preset: str) -> EmpathicConfig:
     """
-    The configuration of `qwen2.5-7b` or `qwen2.5-0.5b` with CLIP ViT-B/32, Whisper tiny and Mamba-370M, or of a model
-    of the tiny preset's sizes. Those of the encoders and the 7B model are `EmpathicConfig`'s defaults.
+    Return the configuration of `qwen2.5-7b` or `qwen2.5-0.5b` with CLIP ViT-B/32, Whisper tiny and Mamba-370M, or of a
+    model with the tiny preset's sizes. The 7B model and the encoders are the defaults of `EmpathicConfig`.
     """
     if preset == "qwen2.5-7b":
         return EmpathicConfig()
@@ -65,14 +65,14 @@ def preset_config(preset: str) -> EmpathicConfig:
 @dataclass
 class Shapes:
     """
-    The shapes of a batch. Every row is as long as the longest would be, so that it is a worst case.
+    The shapes of a batch. All rows have the maximum length, so the batch is a worst case.
 
     Args:
-        batch_size: samples, or in stage `epo` pairs.
-        turns: earlier utterances, and so memory vectors.
+        batch_size: number of samples, or of pairs in stage `epo`.
+        turns: number of earlier utterances, and so of memory vectors.
         sentence, reply: tokens of an utterance and of a reply, in either vocabulary.
         prompt: tokens of the system prompt and the template.
-        queries: vectors of a clip's sound, and as many of its frames.
+        queries: vectors for a clip's audio, and also for its video.
         frames: frames of a clip.
     """
 
@@ -86,67 +86,67 @@ class Shapes:
 
     @property
     def memory_length(self) -> int:
-        """Tokens that the memory encoder reads in a row; each utterance ends with `<MEM>`."""
+        """Tokens per row for the memory encoder; each utterance ends with `<MEM>`."""
         return self.turns * (NAME_TOKENS + self.sentence + 1)
 
     def rows(self, stage: str) -> int:
-        """Sequences of the language model."""
+        """Number of sequences for the language model."""
         return 2 * self.batch_size if stage == "epo" else self.batch_size
 
     def clips(self, stage: str) -> int:
-        """Clips that are encoded; a batch without any encodes one, so that every process runs every module."""
+        """Number of encoded clips; a batch without clips encodes one, so that every process runs every module."""
         return 1 if stage.startswith("memory") else self.batch_size
 
     def target(self, stage: str) -> int:
-        """Target tokens of a row: a reply, or all utterances."""
+        """Number of target tokens per row: a reply, or all utterances."""
         return self.turns * (NAME_TOKENS + self.sentence) if stage.startswith("memory") else self.reply
 
     def length(self, stage: str) -> int:
-        """Positions of the language model in a row."""
+        """Number of positions of the language model per row."""
         media = 0 if stage.startswith("memory") else 2 * self.queries + self.sentence
         return self.prompt + self.turns + media + self.target(stage)
 
     def positions(self, stage: str) -> int:
-        """Positions that the language model runs; the two replies of a pair share their prompt."""
+        """Number of positions that the language model processes; the two replies of a pair share their prompt."""
         return self.batch_size * (self.length(stage) + (self.reply if stage == "epo" else 0))
 
     def logits(self, stage: str) -> int:
-        """Positions of the batch that go through the head."""
+        """Number of positions of the batch that pass through the head."""
         return self.rows(stage) * self.target(stage)
 
 
 def build(config: EmpathicConfig, dtype: torch.dtype, device: str) -> EmpathicForConditionalGeneration:
-    """The model with random weights, made on the device in its dtype, with no copy elsewhere. `meta`: sizes only."""
+    """Create the model with random weights directly on the device and in the dtype; on `meta` it has no storage."""
     with torch.device(device):
         return EmpathicForConditionalGeneration._from_config(config, dtype=dtype)
 
 
 def prepare(model: EmpathicForConditionalGeneration, stage: str, recipe: dict):
-    """Freezes and adapts the model as the training script does for a stage with this recipe."""
+    """Freeze the model and add adapters as the training script does for a stage with this recipe."""
     freeze_for_stage(model, stage)
     if stage in LORA_STAGES:
         lora = {key: recipe[key] for key in ("lora_r", "lora_alpha", "lora_dropout") if key in recipe}
-        lora |= {"lora_dropout": 0.0} if stage == "epo" else {}  # EPOTrainer turns it off
+        lora |= {"lora_dropout": 0.0} if stage == "epo" else {}  # EPOTrainer disables dropout
         adapter = get_peft_config(ModelConfig(use_peft=True, **lora))
         adapter.target_modules = lora_targets(model, None)
         with torch.device(model.device):
             model = get_peft_model(model, adapter)
-    for parameter in model.parameters():  # what trains is kept in full precision
+    for parameter in model.parameters():  # trained parameters stay in fp32
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
 
 
 def make_batch(config: EmpathicConfig, stage: str, shapes: Shapes, seed: int = 0) -> dict:
-    """A batch as the stage's collator gives it, with random ids and media."""
+    """Make a batch in the format of the stage's collator, with random ids and media."""
     generator = torch.Generator().manual_seed(seed)
     rows, length, target = shapes.rows(stage), shapes.length(stage), shapes.target(stage)
     samples = shapes.batch_size
 
     def draw(high: int, *size: int) -> torch.Tensor:
-        return torch.randint(IDS, high, size, generator=generator)
+        return torch.randint(FIRST_ID, high, size, generator=generator)
 
-    # Ids in the whole table but its last thousand (of Qwen's: its control tokens and placeholders).
+    # Ids from the whole vocabulary, except the last thousand of a large vocabulary (Qwen's control tokens).
     top = config.text_config.vocab_size
     ids = draw(top - 1000 if top > 2000 else top, rows, length)
     start, has_clip = shapes.prompt, not stage.startswith("memory")
@@ -155,9 +155,9 @@ def make_batch(config: EmpathicConfig, stage: str, shapes: Shapes, seed: int = 0
     if has_clip:
         ids[:, start : start + shapes.queries] = config.audio_token_id
         ids[:, start + shapes.queries : start + 2 * shapes.queries] = config.video_token_id
-    ids[samples:, : length - target] = ids[: rows - samples, : length - target]  # the prompt of a pair's two replies
+    ids[samples:, : length - target] = ids[: rows - samples, : length - target]  # a pair's two rows share the prompt
     labels = ids.clone()
-    labels[:, : length - target] = IGNORE
+    labels[:, : length - target] = IGNORE_INDEX
 
     memory = draw(config.memory_config.vocab_size, samples, shapes.memory_length)
     memory[:, shapes.memory_length // shapes.turns - 1 :: shapes.memory_length // shapes.turns] = config.mem_token_id
@@ -175,4 +175,7 @@ def make_batch(config: EmpathicConfig, stage: str, shapes: Shapes, seed: int = 0
     if stage == "epo":
         media = {key: value.repeat(2, *[1] * (value.dim() - 1)) for key, value in media.items()}
         batch |= {"row_ids": torch.arange(samples), "left_out": [], "logits_to_keep": target + 1}
+    else:
+        names = [str(number) for number in range(samples)]
+        batch |= {"sample_ids": names, "sample_places": [*range(samples)], "left_out": []}
     return {**batch, **media}

@@ -1,4 +1,4 @@
-"""What a training step costs, and how far the gradients of two models lie apart."""
+"""Measure the costs of a training step, and the difference between the gradients of two models."""
 
 import gc
 import statistics
@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from empathic.benchmarks.memory_plan import LiveMemory
+from .memory_plan import LiveMemory
 
 aten = torch.ops.aten
 
@@ -21,12 +21,12 @@ aten = torch.ops.aten
 @dataclass
 class Side:
     """
-    One of the trainers that are compared.
+    A trainer in a comparison.
 
     Args:
-        name: in tables.
-        model: what it trains.
-        batch: of its own form, on the model's device.
+        name: name in tables.
+        model: the trained model.
+        batch: a batch in the trainer's format, on the model's device.
         compute_loss: (model, batch) -> the loss, a scalar with its graph.
     """
 
@@ -36,53 +36,66 @@ class Side:
     compute_loss: Callable[[nn.Module, dict], torch.Tensor]
 
     def step(self) -> torch.Tensor:
-        """Forward and backward, from no gradients at all; the loss. There is no optimizer: it costs all the same."""
+        """
+        Run forward and backward after clearing the gradients; return the loss. There is no optimizer, because its cost
+        is equal for all trainers.
+        """
         self.model.zero_grad(set_to_none=True)
         loss = self.compute_loss(self.model, self.batch)
         loss.backward()
         return loss.detach()
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """Of the last step, by parameter."""
+        """Return the gradients of the last step by parameter name."""
         return {name: value.grad for name, value in self.model.named_parameters() if value.grad is not None}
 
 
 def _attention(query, key, value, *args, **kwargs) -> int:
-    """Operations of a CPU's fused attention, in full and not its causal half, as torch counts those of a GPU's."""
+    """Operations of the CPU's fused attention, counted in full like torch does for GPUs, not only the causal half."""
     batch, heads, length, width = query
     return 2 * batch * heads * length * key[-2] * (width + value[-1])
 
 
 def _attention_backward(grad, query, key, value, *args, **kwargs) -> int:
-    """Five products in place of two: the scores are computed again."""
+    """Operations of the backward pass: five products instead of two, because the scores are recomputed."""
     return _attention(query, key, value) * 5 // 2
 
 
-# torch's counter knows the fused attention of a GPU only.
+# torch's counter supports the fused attention of GPUs only.
 CPU_ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
 
 
+def _added_product(total, left, right, **kwargs) -> int:
+    """Operations of a matrix product that is added in place, such as those of TRL's fused head."""
+    return 2 * left[0] * left[1] * right[1]
+
+
+# What torch's counter leaves out.
+UNCOUNTED = {**CPU_ATTENTION, aten.addmm_: _added_product}
+
+
 def operations(side: Side) -> int:
-    """Floating point operations of the matrix products of a step, what checkpoints compute again included."""
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    """Count the floating point operations of a step's matrix products, including recomputation by checkpointing."""
+    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
         side.step()
     return counter.get_total_flops()
 
 
 def watched_step(side: Side) -> tuple[float, int]:
     """
-    A step's loss and the largest number of bytes that it holds beside the weights: activations, logits, gradients.
+    Run a step and return its loss and its peak bytes without the weights: activations, logits, gradients.
 
-    On a CPU the tensors alive are added up, inside of autograd functions as well; on a GPU its allocator is asked.
-    Operations are not counted in the same step: their counter's hooks keep what checkpoints would let go.
+    On a CPU the live tensors are added up, including those inside autograd functions; on a GPU the allocator reports
+    the peak. Operations are counted in another step, because the hooks of their counter keep tensors that checkpointing
+    would free.
     """
     side.model.zero_grad(set_to_none=True)
     gc.collect()
     if next(side.model.parameters()).device.type == "cuda":
-        side.step()  # the first takes memory for the libraries' work
+        side.step()  # the first step allocates the workspaces of the libraries
         side.model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -98,8 +111,8 @@ def watched_step(side: Side) -> tuple[float, int]:
 
 def median_seconds(sides: list[Side], steps: int) -> dict[str, float]:
     """
-    The median time of a step of each, in turns so that what disturbs the machine disturbs all: CPU time of the process,
-    or on a GPU the time by the clock with the device idle at both ends.
+    Measure the median time of a step of each side, alternating between the sides so that disturbances affect all sides:
+    CPU time of the process, or on a GPU wall-clock time with the device synchronized before and after.
     """
     is_cuda = next(sides[0].model.parameters()).device.type == "cuda"
     seconds: dict[str, list[float]] = {side.name: [] for side in sides}
@@ -119,10 +132,10 @@ def median_seconds(sides: list[Side], steps: int) -> dict[str, float]:
 
 def largest_difference(side: Side, other: Side) -> tuple[float, float]:
     """
-    Of the gradients that the last step of each left: the largest absolute difference, and the largest gradient.
+    Compare the gradients of the last steps: return their largest absolute difference, and the largest gradient.
 
     Raises:
-        ValueError: they train different parameters.
+        ValueError: if the sides train different parameters.
     """
     ours, theirs = side.gradients(), other.gradients()
     if ours.keys() != theirs.keys():
@@ -135,7 +148,7 @@ def largest_difference(side: Side, other: Side) -> tuple[float, float]:
 
 @contextmanager
 def norms_in_full():
-    """transformers' RMSNorm computes in fp32 even where everything else is fp64: here it does not."""
+    """Context manager that makes transformers' RMSNorm compute in the input's dtype; by default it computes in fp32."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         variance = hidden_states.pow(2).mean(-1, keepdim=True)

@@ -1,139 +1,124 @@
-"""`empathic evaluate`: the paper's tables, one subcommand each."""
+"""`empathic evaluate`: reproduce the paper's tables, with one subcommand per table."""
 
-import subprocess
-import sys
-
-from empathic.benchmarks.efficiency_options import add_options, positive
-from empathic.commands import add_command
-from empathic.evaluation.reply_options import add_dialogue_options, add_emotion_options, as_arguments
+from ..benchmarks.efficiency_options import add_options, positive
+from ..evaluation.reply_options import add_dialogue_options, add_emotion_options, as_arguments
+from ..processes import launch
+from . import add_command
 
 
 def reconstruction(arguments) -> int:
-    """Table 8."""
-    from empathic.evaluation.reconstruction import ReconstructionOptions, run
+    """Compute Table 8."""
+    from ..evaluation.reconstruction import ReconstructionOptions, run
 
-    try:
-        options = ReconstructionOptions(
-            utterances=arguments.utterances,
-            split=arguments.split,
-            max_runs=arguments.max_runs,
-            batch_size=arguments.batch_size,
-            seed=arguments.seed,
-            device=arguments.device,
-            bertscore_model=None if arguments.bertscore_model == "none" else arguments.bertscore_model,
-            bertscore_layer=arguments.bertscore_layer,
-            examples=arguments.examples,
-        )
-        results = run(arguments.model, arguments.data, arguments.output, options)
-    except (ImportError, OSError, ValueError) as error:
-        print(f"empathic evaluate reconstruction: {error}", file=sys.stderr)
-        return 1
+    options = ReconstructionOptions(
+        utterances=arguments.utterances,
+        split=arguments.split,
+        max_runs=arguments.max_runs,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        device=arguments.device,
+        bertscore_model=None if arguments.bertscore_model == "none" else arguments.bertscore_model,
+        bertscore_layer=arguments.bertscore_layer,
+        examples=arguments.examples,
+    )
+    results = run(arguments.model, arguments.data, arguments.output, options)
     for length, row in results["scores"].items():
         values = ", ".join(f"{name} {value:.3f}" for name, value in row.items())
         print(f"{length} at once ({results['runs'][length]} runs): {values}")
-    print(f"BERTScore: {results['bertscore']}. All of it is in {arguments.output}.")
+    print(f"BERTScore: {results['bertscore']}. All results are in {arguments.output}.")
     return 0
 
 
 def efficiency(arguments) -> int:
-    """Table 3."""
-    from empathic.benchmarks.efficiency import run
+    """Compute Table 3."""
+    from ..benchmarks.efficiency import run
 
     run(arguments)
     return 0
 
 
 def report(arguments) -> int:
-    """All results of a folder."""
-    from empathic.evaluation.report import write_report
+    """Report all results of a folder."""
+    from ..evaluation.report.build import write_report
 
-    try:
-        path = write_report(arguments.folders, arguments.output, arguments.samples)
-    except (ImportError, OSError, ValueError) as error:
-        print(f"empathic evaluate report: {error}", file=sys.stderr)
-        return 1
+    path = write_report(arguments.folders, arguments.output, arguments.samples)
     print(f"Open {path}; report.md and tables.tex are beside it.")
     return 0
 
 
 def of_replies(table: str, arguments, add_its_options, positional: str, run) -> int:
-    """Runs an evaluation of replies here, or itself on the processes of `accelerate launch`."""
+    """Run an evaluation of replies in this process, or run the same command through `accelerate launch`."""
     if arguments.accelerate_config is not None:
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", arguments.accelerate_config]
-        again = ["-m", "empathic.cli", "evaluate", table, *as_arguments(arguments, add_its_options, positional)]
-        return subprocess.call([*launch, *again])
-    try:
-        return run()
-    except (ImportError, OSError, ValueError) as error:
-        print(f"empathic evaluate {table}: {error}", file=sys.stderr)
-        return 1
+        again = ["evaluate", table, *as_arguments(arguments, add_its_options, positional)]
+        return launch("empathic.cli", again, arguments.accelerate_config)
+    return run()
 
 
 def dialogue(arguments) -> int:
-    """Table 1."""
-    from empathic.evaluation.dialogue import run
+    """Compute Table 1."""
+    from ..evaluation.dialogue import run
 
     return of_replies("dialogue", arguments, add_dialogue_options, "systems", lambda: run(arguments, "dialogue"))
 
 
 def ablation(arguments) -> int:
-    """Table 2."""
-    from empathic.evaluation.dialogue import run
+    """Compute Table 2."""
+    from ..evaluation.dialogue import run
 
     return of_replies("ablation", arguments, add_dialogue_options, "systems", lambda: run(arguments, "ablation"))
 
 
 def emotion(arguments) -> int:
-    """Fig. 6."""
-    from empathic.evaluation.emotion import run
+    """Compute Fig. 6."""
+    from ..evaluation.emotion import run
 
     return of_replies("emotion", arguments, add_emotion_options, "model", lambda: run(arguments))
 
 
 def add_dialogue(commands) -> None:
-    """Adds the subcommand."""
+    """Add the subcommand."""
     sub = add_command(
         commands,
         "dialogue",
         dialogue,
-        "score replies of several systems in held-out conversations (paper's Table 1)",
+        "score the replies of several systems in held-out conversations (paper's Table 1)",
         "empathic evaluate dialogue ours=empathic:runs/quickstart/epo base=empathic:runs/quickstart/dialogue "
         "--data runs/quickstart/data",
     )
     sub.add_argument(
         "systems", nargs="+", metavar="SYSTEM",
-        help="NAME=KIND:TARGET[,option=value...]; kinds: empathic:PATH_OR_ID with history (memory, text, none) and "
-        "media (true, false), chat:ID, audio:ID, video:ID, openai:MODEL@BASE_URL; every kind has batch_size, "
-        "max_new_tokens, temperature, top_p, dtype",
+        help="NAME=KIND:TARGET[,option=value...]; kinds: empathic:PATH_OR_ID with the options history (memory, "
+        "text, none) and media (true, false), chat:ID, audio:ID, video:ID, openai:MODEL@BASE_URL; options of every "
+        "kind: batch_size, max_new_tokens, temperature, top_p, dtype, repetition_penalty, no_repeat_ngram_size",
     )  # fmt: skip
     add_dialogue_options(sub)
 
 
 def add_ablation(commands) -> None:
-    """Adds the subcommand."""
+    """Add the subcommand."""
     sub = add_command(
         commands,
         "ablation",
         ablation,
-        "score what text history, memory, media and EPO add (paper's Table 2)",
+        "score the contributions of text history, memory, media and EPO (paper's Table 2)",
         "empathic evaluate ablation text=runs/qwen2.5-7b/dialogue_ft memory=runs/qwen2.5-7b/dialogue_mc "
         "memory_av=runs/qwen2.5-7b/dialogue_mc_av epo=runs/qwen2.5-7b/epo --data data/iemocap",
     )
     sub.add_argument(
         "systems", nargs="+", metavar="ROW=PATH",
         help="rows text, memory, memory_av and epo: folders of the recipes dialogue_ft, dialogue_mc, dialogue_mc_av "
-        "and epo, each shown what its recipe shows; base=KIND:TARGET: the model that is not finetuned",
+        "and epo, each with the inputs of its recipe; base=KIND:TARGET: the model before fine-tuning",
     )  # fmt: skip
     add_dialogue_options(sub)
 
 
 def add_emotion(commands) -> None:
-    """Adds the subcommand."""
+    """Add the subcommand."""
     sub = add_command(
         commands,
         "emotion",
         emotion,
-        "name the emotion of held-out clips from text, sound and picture (paper's Fig. 6)",
+        "name the emotion of held-out clips from text, audio and video (paper's Fig. 6)",
         "empathic evaluate emotion runs/quickstart/emotion --data runs/quickstart/data",
     )
     sub.add_argument("model", metavar="MODEL", help="whole checkpoint, stage's folder or Hub id")
@@ -141,7 +126,7 @@ def add_emotion(commands) -> None:
 
 
 def add_reconstruction(commands) -> None:
-    """Adds the subcommand."""
+    """Add the subcommand."""
     sub = add_command(
         commands,
         "reconstruction",
@@ -154,53 +139,57 @@ def add_reconstruction(commands) -> None:
     sub.add_argument("--output", default="runs/evaluation", metavar="FOLDER", help="folder to write (%(default)s)")
     sub.add_argument(
         "--utterances", type=positive, nargs="+", default=[1, 5, 10, 20], metavar="N",
-        help="how many are rebuilt at once (default: 1 5 10 20)",
+        help="numbers of utterances to rebuild at once (default: 1 5 10 20)",
     )  # fmt: skip
-    sub.add_argument("--split", default="test", help="of DATA, one that was not trained on (%(default)s)")
-    sub.add_argument("--max_runs", type=positive, default=200, metavar="N", help="runs of each at most (%(default)s)")
-    sub.add_argument("--batch_size", type=positive, default=32, help="runs at once (%(default)s)")
-    sub.add_argument("--seed", type=int, default=0, help="draws the runs (%(default)s)")
-    sub.add_argument("--device", help="such as cpu or cuda:0; a GPU if there is one by default")
+    sub.add_argument("--split", default="test", help="split of DATA, not seen in training (%(default)s)")
+    sub.add_argument(
+        "--max_runs", type=positive, default=200, metavar="N", help="maximum runs per length (%(default)s)"
+    )
+    sub.add_argument("--batch_size", type=positive, default=32, help="runs per batch (%(default)s)")
+    sub.add_argument("--seed", type=int, default=0, help="seed for choosing the runs (%(default)s)")
+    sub.add_argument("--device", help="device such as cpu or cuda:0 (default: a GPU if there is one)")
     sub.add_argument(
         "--bertscore_model", default="roberta-large", metavar="ID",
-        help="Hub id or folder; none: without BERTScore (%(default)s)",
+        help="Hub id or folder; none to skip BERTScore (%(default)s)",
     )  # fmt: skip
-    sub.add_argument("--bertscore_layer", type=positive, metavar="N", help="needed for a model in a folder")
-    sub.add_argument("--examples", type=int, default=3, metavar="N", help="of each in the report (%(default)s)")
+    sub.add_argument(
+        "--bertscore_layer", type=positive, metavar="N", help="layer to use, needed if the model is a folder"
+    )
+    sub.add_argument("--examples", type=int, default=3, metavar="N", help="examples per length to save (%(default)s)")
 
 
 def add_efficiency(commands) -> None:
-    """Adds the subcommand."""
+    """Add the subcommand."""
     sub = add_command(
         commands,
         "efficiency",
         efficiency,
-        "measure what a conversation's history costs (paper's Table 3)",
+        "measure the cost of a conversation's history (paper's Table 3)",
         "empathic evaluate efficiency --preset tiny --turns 1 10 200",
     )
     add_options(sub)
 
 
 def add_report(commands) -> None:
-    """Adds the subcommand."""
+    """Add the subcommand."""
     sub = add_command(
         commands,
         "report",
         report,
-        "write all results of a folder as one page, as Markdown and as LaTeX tables",
+        "write all results of a folder as a web page, as Markdown and as LaTeX tables",
         "empathic evaluate report runs/evaluation study",
     )
     sub.add_argument(
-        "folders", nargs="+", metavar="FOLDER", help="what was evaluated, and studies; those right below count too"
+        "folders", nargs="+", metavar="FOLDER", help="folders of evaluations and studies; direct subfolders count too"
     )
     sub.add_argument("--output", metavar="FOLDER", help="folder to write (the first FOLDER)")
     sub.add_argument(
-        "--samples", type=int, default=6, metavar="N", help="conversations shown of each data set (%(default)s)"
+        "--samples", type=int, default=6, metavar="N", help="conversations shown for each data set (%(default)s)"
     )
 
 
 def add(commands) -> None:
-    """Adds the command."""
+    """Add the command."""
     sub = add_command(
         commands,
         "evaluate",

@@ -1,29 +1,23 @@
-"""`empathic merge`: one whole model of a stage's folder."""
+"""`empathic merge`: convert a stage's folder into a whole model."""
 
-import sys
-
-from empathic.commands import add_command
+from . import add_command
 
 
 def run(arguments) -> int:
-    from empathic.trainers.checkpoint import merge
+    from ..trainers.checkpoints.stage_folder import merge
 
-    try:
-        merge(arguments.folder, arguments.output, dtype=arguments.dtype)
-    except FileExistsError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(f"One whole model is in {arguments.output}.")
+    merge(arguments.folder, arguments.output, dtype=arguments.dtype)
+    print(f"The whole model is in {arguments.output}.")
     return 0
 
 
 def add(commands) -> None:
-    """Adds the command."""
+    """Add the command."""
     sub = add_command(
         commands,
         "merge",
         run,
-        "make one whole model of a stage's folder: adapters merged, all parts in place",
+        "convert a stage's folder into a whole model: all parts in one folder, adapters merged",
         "empathic merge runs/epo model",
     )
     sub.add_argument("folder", metavar="FOLDER", help="output folder of a stage")
@@ -32,5 +26,5 @@ def add(commands) -> None:
         "--dtype",
         choices=["auto", "float32", "bfloat16", "float16"],
         default="auto",
-        help="what the model is merged and saved in; auto: as its base",
+        help="data type of the saved model; auto: that of its base (%(default)s)",
     )

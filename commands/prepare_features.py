@@ -1,28 +1,23 @@
-"""`empathic prepare-features`: the frozen encoders' outputs, computed once, through `accelerate launch`."""
+"""`empathic prepare-features`: cache the outputs of the frozen encoders, through `accelerate launch`."""
 
-import os
-import sys
-
-from empathic.commands import add_command
+from ..processes import launch
+from . import add_command
 
 
 def run(arguments, rest: list[str]) -> int:
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    if arguments.accelerate_config is not None:
-        launch += ["--config_file", arguments.accelerate_config]
-    module = ["-m", "empathic.trainers.prepare_features", "--config", arguments.config]
-    os.execv(sys.executable, [*launch, *module, *rest])
+    options = ["--config", arguments.config, *rest]
+    return launch("empathic.trainers.prepare_features", options, arguments.accelerate_config)
 
 
 def add(commands) -> None:
-    """Adds the command."""
+    """Add the command."""
     sub = add_command(
         commands,
         "prepare-features",
         run,
-        "store what the frozen encoders make of each clip, so that training decodes and encodes nothing",
+        "cache the outputs of the frozen encoders for each clip, so that training need not decode or encode clips",
         "empathic prepare-features --config recipes/tiny/emotion.yaml --feature_cache runs/features --frame_draws 4",
     )
     sub.set_defaults(takes_rest=True)
     sub.add_argument("--config", required=True, help="YAML file of the stage that will be trained from the cache")
-    sub.add_argument("--accelerate_config", help="configuration of `accelerate launch`")
+    sub.add_argument("--accelerate_config", help="configuration file for `accelerate launch`")

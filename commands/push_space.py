@@ -1,11 +1,11 @@
-"""`empathic push-space`: the web page with a model of the Hub, as a Space."""
+"""`empathic push-space`: push the web page as a Space that serves a model from the Hub."""
 
 import sys
 from pathlib import Path
 
-from empathic.commands import add_command
-from empathic.commands.demo import add_limit_options
-from empathic.commands.push import add_hub_options, hub_options
+from . import add_command
+from .demo import add_limit_options
+from .push import add_hub_options, hub_options
 
 
 def push_space(
@@ -22,27 +22,27 @@ def push_space(
     commit_message: str | None = None,
 ) -> str:
     """
-    Pushes the page as a Space, in one commit: app, card, requirements and what it needs of this package.
+    Push the page as a Space, in one commit: app, card, requirements and the modules of this package that it needs.
 
     Args:
-        model, compare: ids on the Hub; the Space loads them from there.
-        repo_id: `owner/name` of the Space; made if it is not there.
-        limits: `empathic.demo.uploads.Limits` of what visitors send.
-        concurrency, max_new_tokens: of the page.
+        model, compare: Hub ids of the models; the Space loads the models from the Hub.
+        repo_id: `owner/name` of the Space, created if it does not exist.
+        limits: limits on visitors' uploads, an `empathic.demo.uploads.Limits`.
+        concurrency, max_new_tokens: number of turns answered at once, and maximum length of a reply.
         private, token, revision, commit_message: see `hub.push_dataset`.
 
     Returns:
         The address of the Space.
 
     Raises:
-        PushError: for a model that is not on the Hub, or a Hub that does not take the Space.
+        PushError: if a model is not on the Hub, or the Hub refuses the push.
     """
-    from empathic.demo.space import space_files
-    from empathic.hub import Patterns, PushError, push_files
+    from ..demo.space import space_files
+    from ..hub.client import Patterns, PushError, push_files
 
     for name in (model, compare):
         if name is not None and (Path(name).exists() or name.count("/") != 1):
-            raise PushError(f"{name}: a Space loads its model from the Hub. Push it with `empathic push`, give its id.")
+            raise PushError(f"{name}: a Space loads its model from the Hub. Push it with `empathic push`; give its id.")
     stale: Patterns = {folder: ("*.py",) for folder in ("", "empathic", "empathic/demo")}
     return push_files(
         {**space_files(repo_id, model, compare, limits, concurrency, max_new_tokens)},
@@ -59,40 +59,35 @@ def push_space(
 
 def run(arguments) -> int:
     try:
-        from empathic.demo.uploads import Limits
-        from empathic.hub import PushError
+        from ..demo.uploads import Limits
     except ImportError as error:
-        print(f"{error}. Install what is missing with `pip install empathic[demo,train]`.", file=sys.stderr)
+        print(f"{error}. Install the missing packages with `pip install empathic[demo,train]`.", file=sys.stderr)
         return 1
 
-    try:
-        url = push_space(
-            arguments.model,
-            arguments.id,
-            compare=arguments.compare,
-            limits=Limits(megabytes=arguments.max_upload_mb, seconds=arguments.max_seconds),
-            concurrency=arguments.concurrency,
-            max_new_tokens=arguments.max_new_tokens,
-            **hub_options(arguments),
-        )
-    except PushError as error:
-        print(error, file=sys.stderr)
-        return 1
+    url = push_space(
+        arguments.model,
+        arguments.id,
+        compare=arguments.compare,
+        limits=Limits(megabytes=arguments.max_upload_mb, seconds=arguments.max_seconds),
+        concurrency=arguments.concurrency,
+        max_new_tokens=arguments.max_new_tokens,
+        **hub_options(arguments),
+    )
     print(f"The page of {arguments.model} is at {url}")
-    print("If the model is private, add a token that may read it as the secret HF_TOKEN in the Space's settings.")
+    print("If the model is private, add a token with read access as the secret HF_TOKEN in the Space's settings.")
     return 0
 
 
 def add(commands) -> None:
-    """Adds the command."""
+    """Add the command."""
     sub = add_command(
         commands,
         "push-space",
         run,
-        "push the web page with a model of the Hub as a Space, for your eyes only",
+        "push the web page as a Space that serves a model from the Hub, private by default",
         "empathic push-space me/my-chatbot me/my-chatbot-demo",
     )
-    sub.add_argument("model", metavar="MODEL", help="id of the model on the Hub")
+    sub.add_argument("model", metavar="MODEL", help="Hub id of the model")
     sub.add_argument("id", metavar="ID", help="owner/name of the Space")
     add_limit_options(sub)
     add_hub_options(sub)

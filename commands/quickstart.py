@@ -1,22 +1,22 @@
-"""`empathic quickstart`."""
+"""`empathic quickstart`: train and evaluate the tiny preset."""
 
-from empathic.commands import add_command
+from . import add_command
 
 
 def run(arguments) -> int:
-    from empathic.quickstart import quickstart
+    from ..quickstart import quickstart
 
     quickstart(arguments.output)
     return 0
 
 
 def add(commands) -> None:
-    """Adds the command."""
+    """Add the command."""
     sub = add_command(
         commands,
         "quickstart",
         run,
-        "train all five stages of the tiny preset and show what each taught",
+        "train all five stages of the tiny preset and show the effect of each stage",
         "empathic quickstart --output runs/quickstart",
     )
-    sub.add_argument("--output", default="runs/quickstart", help="folder; a run that was stopped goes on (%(default)s)")
+    sub.add_argument("--output", default="runs/quickstart", help="folder to write; a stopped run resumes (%(default)s)")

@@ -1,20 +1,15 @@
-"""`empathic train`: one stage, through `accelerate launch`."""
+"""`empathic train`: train one stage, through `accelerate launch`."""
 
-import os
-import sys
-
-from empathic.commands import add_command
+from ..processes import launch
+from . import add_command
 
 
 def run(arguments, rest: list[str]) -> int:
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    if arguments.accelerate_config is not None:
-        launch += ["--config_file", arguments.accelerate_config]
-    os.execv(sys.executable, [*launch, "-m", "empathic.trainers.train", "--config", arguments.config, *rest])
+    return launch("empathic.trainers.train", ["--config", arguments.config, *rest], arguments.accelerate_config)
 
 
 def add(commands) -> None:
-    """Adds the command."""
+    """Add the command."""
     sub = add_command(
         commands,
         "train",
@@ -24,4 +19,4 @@ def add(commands) -> None:
     )
     sub.set_defaults(takes_rest=True)
     sub.add_argument("--config", required=True, help="YAML file of the stage")
-    sub.add_argument("--accelerate_config", help="configuration of `accelerate launch`")
+    sub.add_argument("--accelerate_config", help="configuration file for `accelerate launch`")

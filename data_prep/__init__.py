@@ -1,1 +1,1 @@
-"""Corpora, brought to one schema, and the views that training takes of them."""
+"""Preparation of corpora in one schema, and the training views of the prepared data."""

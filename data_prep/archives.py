@@ -1,8 +1,8 @@
-"""Unpacking of what corpora come in: tar, compressed tar and zip, without trusting what is in them.
+"""Unpack the untrusted archives of corpora: tar, compressed tar and zip.
 
-Only plain files are written, one at a time, and only below the folder of the archive: a member with an absolute path,
-one that climbs out with `..`, a link to something outside and a device are refused and named in the report. A damaged
-archive gives what can be read of it.
+Only regular files are written, one at a time, and only below the folder of the archive. Members with an absolute path,
+members that leave the folder with `..`, links to targets outside and devices are refused and reported. From a damaged
+archive, all readable files are unpacked.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ from typing import IO
 
 from tqdm import tqdm
 
-from empathic.data_prep.corpus import LayoutError, Report
-from empathic.media_empathic import LFS_HEAD
+from ..media_empathic import LFS_HEAD
+from .corpora.base import LayoutError, Report
 
 ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar", ".zip")
 DAMAGE = (
     tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError,
-    IndexError, ValueError,  # of a damaged index, such as names that are not UTF-8
+    IndexError, ValueError,  # from a damaged index, such as names that are not UTF-8
 )  # fmt: skip
 AGAIN = "Copy or download it again."
-# A member that cannot be a file here: its name is too long, or it is a folder at one place and a file at another.
+# Errors for a member that cannot be written: its name is too long, or its path conflicts with another member.
 BAD_PLACES = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EINVAL)
 CHUNK = 2**20
 
 
 @dataclass
 class _Member:
-    """A file of an archive. `open` gives its content, `link` names the member that has its content."""
+    """A file of an archive. `open` returns its content; `link` is the name of the member with its content."""
 
     name: str
-    seconds: float  # when it was changed
+    seconds: float  # modification time
     open: Callable[[], IO[bytes]] | None = None
     link: str | None = None
     refused: str | None = None
 
 
 class _TarInfo(tarfile.TarInfo):
-    """Notes whether the archive's end mark was read: tarfile takes a damaged header for the end without a word."""
+    """Records whether the end marker was read, because tarfile silently treats a damaged header as the end."""
 
     @classmethod
     def fromtarfile(cls, tar):
@@ -63,7 +63,7 @@ class _TarInfo(tarfile.TarInfo):
 
 
 def archive_stem(archive: Path) -> str:
-    """The name of an archive without what says its format, such as `train` of `train.tar.gz`."""
+    """The name of an archive without the ending of its format, such as `train` for `train.tar.gz`."""
     for ending in ENDINGS:
         if archive.name.lower().endswith(ending):
             return archive.name[: -len(ending)] or archive.name
@@ -76,7 +76,7 @@ def _is_macos(name: str) -> bool:
 
 
 def _inside(name: str) -> PurePosixPath | None:
-    """A member's path below the archive's folder; None if it leads out of it."""
+    """The path of a member below the archive's folder; None if it is outside of the folder."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name or not path.parts:
         return None
@@ -84,7 +84,8 @@ def _inside(name: str) -> PurePosixPath | None:
 
 
 def _link_target(member: tarfile.TarInfo) -> str | None:
-    """The member that a link leads to; None if it leads out. A hard link names it as it is, a soft one from beside."""
+    """The name of the member that a link points to; None if the target is outside. A hard link has the full name of its
+    target, a symbolic link a path relative to its own folder."""
     if member.islnk():
         return member.linkname
     if member.linkname.startswith("/"):
@@ -104,7 +105,7 @@ def _tar_members(archive: Path) -> Iterator[_Member]:
     with tarfile.open(archive, "r:*", tarinfo=_TarInfo) as tar:
         tar.saw_end = False
         while (member := tar.next()) is not None:
-            tar.members = []  # it would keep all
+            tar.members = []  # otherwise tarfile keeps all members
             found = _Member(member.name, member.mtime)
             if member.isdir():
                 continue
@@ -157,7 +158,7 @@ def _write(member: _Member, target: Path) -> None:
 
 
 def _set_time(target: Path, seconds: float) -> None:
-    """The member's own time: what is unpacked again looks the same."""
+    """Set the modification time to that of the member, so that unpacking again gives identical files."""
     try:
         os.utime(target, (seconds, seconds))
     except (OverflowError, OSError, ValueError):
@@ -165,7 +166,7 @@ def _set_time(target: Path, seconds: float) -> None:
 
 
 def _extract(archive: Path, folder: Path, ignore) -> None:
-    """Writes the members of an archive below `folder`."""
+    """Write the members of an archive below `folder`."""
     links: list[_Member] = []
     written = macos = 0
     progress = tqdm(desc=f"Unpacking {archive.name}", unit=" files", disable=None, leave=False)
@@ -176,7 +177,7 @@ def _extract(archive: Path, folder: Path, ignore) -> None:
                 member = next(members, None)
             except (*DAMAGE, OSError) as error:
                 if isinstance(error, OSError) and error.errno is not None:
-                    raise  # of the disk, not of the archive
+                    raise  # an error of the disk, not of the archive
                 what = str(error).partition("\n")[0].rstrip(":")
                 ignore(archive.name, f"it is damaged or cut short ({what}); {written} files were read. {AGAIN}")
                 break
@@ -204,10 +205,10 @@ def _extract(archive: Path, folder: Path, ignore) -> None:
                         os.unlink(target)
                     what = error.strerror if isinstance(error, OSError) and error.strerror else error
                     ignore(name, f"it cannot be unpacked ({what}).")
-    for member in links:  # no link is ever made: it becomes a copy of the file that it leads to
+    for member in links:  # links are never created: each becomes a copy of its target
         source, target = folder / _inside(member.link), folder / _inside(member.name)
         if not os.path.isfile(source) or os.path.lexists(target):
-            ignore(f"{archive.name}: {member.name}", f"it is a link to {member.link}, which is no file of the archive.")
+            ignore(f"{archive.name}: {member.name}", f"it is a link to {member.link}, not a file of the archive.")
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source, target)
@@ -217,21 +218,22 @@ def _extract(archive: Path, folder: Path, ignore) -> None:
 
 def unpack(archive: Path, into: Path, report: Report) -> Path:
     """
-    Unpacks an archive, a file at a time. Archives inside of it stay packed.
+    Unpack an archive, one file at a time. Archives inside the archive stay packed.
 
-    A run that was killed begins again; an archive that was unpacked before, and has not changed, is left as it is. What
-    was not unpacked is named in `report.ignored`, each time alike.
+    After a run that was killed, unpacking starts again; an archive that was unpacked before and has not changed is not
+    unpacked again. Members that were not unpacked are listed in `report.ignored`, on every call.
 
     Args:
-        archive: a tar, compressed tar or zip.
+        archive: a tar, compressed tar or zip file.
         into: the folder to unpack into.
+        report: the report.
 
     Returns:
         `into/<name without .tar.gz, .zip ...>`; an empty folder if nothing could be read.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        LayoutError: if it is a Git-LFS pointer, or another archive of the same name lies unpacked in `into`.
+        LayoutError: if the file is a Git-LFS pointer, or another archive with the same name is unpacked in `into`.
     """
     archive, into = Path(archive), Path(into)
     found = archive.stat()

@@ -1,7 +1,7 @@
-"""One turn out of a longer recording: its seconds of sound, or its seconds and its half of the picture.
+"""Cut one turn out of a longer recording: a time range of the audio, or of the video and one half of its frames.
 
-The time of a recording is that of a player: 0 where its first stream begins. A cut starts at a key frame that the
-container's index gives, not at the start of the file, and holds a few frames at a time.
+Times are player times: 0 is where the first stream of the file begins. Decoding starts at a key frame from the
+container's index, not at the start of the file, and keeps only a few frames in memory.
 """
 
 from __future__ import annotations
@@ -14,42 +14,53 @@ from pathlib import Path
 
 import numpy as np
 
-from empathic.data_prep.corpus import Clip
-from empathic.media_empathic import MediaError, _audio_stream, _decode, _open, _video_stream, av
+from ..media_empathic import (
+    MediaError,
+    _audio_stream,
+    _decode,
+    _open,
+    _Orientation,
+    _square_size,
+    _video_stream,
+    av,
+)
+from .corpora.base import Clip
 
-# How many seconds before its start a cut looks for a key frame; None decodes from the start of the file. The first one
-# makes up for the places that B-frames move a key frame by, the second is longer than DivX's distance of key frames.
+# Seconds before the start of a cut at which to look for a key frame, tried in order; None decodes from the start of the
+# file. The first margin covers the shift of key frames by B-frames, the second exceeds the key frame interval of DivX.
 MARGINS = (Fraction(1, 2), Fraction(15), None)
-PREROLL = Fraction(1, 2)  # seconds of sound decoded before a cut: a frame of sound builds on those before it
-MAX_DELAY = 16  # frames that a decoder may hold back (H.264, A.3.1)
-CLOCK = 90_000  # ticks a second of the written picture: whole numbers for 24, 25, 29.97 and 30 frames and milliseconds
-ENCODER = {"crf": "18", "preset": "veryfast", "bf": "0"}  # without B-frames, packets come out in the order of time
-GUESSED_CLOCKS = ("mp3", "aac")  # where these land after seeking is a guess from the bit rate
+PREROLL = Fraction(1, 2)  # seconds of audio decoded before a cut, because audio frames depend on earlier frames
+MAX_DELAY = 16  # maximum number of frames that a decoder may delay (H.264, A.3.1)
+CLOCK = 90_000  # ticks per second of the output video, integral for 24, 25, 29.97 and 30 frames/s and milliseconds
+ENCODER = {"crf": "18", "preset": "veryfast", "bf": "0"}  # without B-frames, packets are in the order of time
+YUV_COLORS = (1, 4, 5, 6, 7, 9)  # values of FFmpeg's AVColorSpace that `upright_planes` keeps
+GUESSED_CLOCKS = ("mp3", "aac")  # formats whose position after seeking is only estimated from the bit rate
 
 
 def cut(clip: Clip, target: Path) -> None:
-    """Writes the seconds [start, end) of a clip, and the half of its picture that `crop` names, as a file of its own.
+    """Write the seconds [start, end) of a clip to a file, with the video cropped to the half given by `crop`.
 
-    The same clip gives the same bytes.
+    Equal clips give equal bytes.
 
     Args:
-        clip: `start` None is the start of the file, `end` None or past its end the end of the file.
-        target: `.wav` is written with the sound: 16-bit PCM of the source's sampling rate and channels, from the sample
-            at `start`. `.mp4` is written with the picture alone: H.264, each frame shown as long as in the source,
-            the first being the one that is seen at `start`; an odd last row or column is left out.
+        clip: the clip. `start` None means the start of the file; `end` None or past the end means the end of the file.
+        target: the output file. `.wav` contains the audio as 16-bit PCM with the sampling rate and channels of the
+            source, from the sample at `start`. `.mp4` contains only the video as H.264, with the frame durations of the
+            source, upright and with square pixels; the first frame is the frame shown at `start`, and an odd last row
+            or column is dropped.
 
     Raises:
-        MediaError: if the clip cannot be read, lacks the stream, or holds nothing between `start` and `end`. No file is
-            left then.
-        ValueError: if `target` ends on neither `.wav` nor `.mp4`, or `crop` is no half.
+        MediaError: if the clip cannot be read, lacks the stream, or is empty between `start` and `end`. No file is left
+            behind.
+        ValueError: if `target` ends in neither `.wav` nor `.mp4`, or `crop` is invalid.
     """
     target = Path(target)
     if clip.crop not in (None, "left", "right"):
-        raise ValueError(f'crop is {clip.crop!r}. Use "left" or "right", or None for the whole picture.')
+        raise ValueError(f'crop is {clip.crop!r}. Use "left" or "right", or None for the whole frame.')
     write = {".wav": _cut_sound, ".mp4": _cut_picture}.get(target.suffix)
     if write is None:
-        raise ValueError(f"{target}: ends on neither .wav (the sound) nor .mp4 (the picture).")
-    # The decimal that was meant, not the float next to it: a frame at exactly `start` belongs to the cut.
+        raise ValueError(f"{target}: ends in neither .wav (audio) nor .mp4 (video). Choose one of them.")
+    # Use the decimal number, not its nearest float, so that a frame at exactly `start` is part of the cut.
     start = Fraction(str(clip.start)) if clip.start is not None else Fraction(0)
     end = Fraction(str(clip.end)) if clip.end is not None else None
     if start < 0 or (end is not None and end <= start):
@@ -64,31 +75,31 @@ def cut(clip: Clip, target: Path) -> None:
 
 
 def _origin(container) -> Fraction:
-    """When the first stream begins, in seconds. Before 0 there are only samples that an encoder put there."""
+    """The start of the first stream in seconds. A negative start is clipped: it is encoder padding."""
     return max(Fraction(0), Fraction(container.start_time or 0, av.time_base))
 
 
 def _no_seconds(clip: Clip, what: str, end: Fraction) -> MediaError:
     return MediaError(
         f"{clip.path}: has no {what} from {clip.start} s to {clip.end} s; it was read up to {float(end):.3f} s. "
-        "Correct the times, or copy the file again if it was cut short."
+        "Correct the times, or copy the file again if it is truncated."
     )
 
 
 def _lacks(clip: Clip, what: str) -> MediaError:
-    return MediaError(f"{clip.path}: has no {what} to cut. Give the file that holds it, or leave it out.")
+    return MediaError(f"{clip.path}: has no {what} to cut. Give a file with this stream, or omit the clip.")
 
 
-# Picture -------------------------------------------------------------------------------------------------------------
+# Video ---------------------------------------------------------------------------------------------------------------
 
 
 def _decoded(container, stream) -> Iterator:
-    for packet in container.demux(stream):  # the last one is empty and brings what the decoder holds back
+    for packet in container.demux(stream):  # the last packet is empty and flushes the decoder
         yield from _decode(stream, packet)
 
 
 def _avi_delay(clip: Clip) -> int:
-    """How many frames the decoder of an avi is behind its packets."""
+    """The number of frames by which the decoder of an avi lags behind its packets."""
     with _open(clip.path, str(clip.path)) as container:
         stream = _video_stream(container)
         stream.codec_context.thread_count = 1
@@ -97,17 +108,17 @@ def _avi_delay(clip: Clip) -> int:
 
 
 def _timed_frames(clip: Clip, position: Fraction | None) -> Iterator[tuple[Fraction, Fraction, object, object]]:
-    """(start, end, frame, stream) in the order of time, from the key frame before `position`, or from the first frame
-    if it is None. Nothing comes where the file cannot be sought in."""
+    """Yield (start, end, frame, stream) in the order of time, from the key frame before `position`, or from the first
+    frame if `position` is None. Yields nothing if seeking fails."""
     with _open(clip.path, str(clip.path)) as container:
         stream = _video_stream(container)
         if stream is None:
-            raise _lacks(clip, "picture")
+            raise _lacks(clip, "video")
         stream.codec_context.thread_count = 1  # clips are cut in parallel
         origin = _origin(container)
         step = 1 / (stream.average_rate or stream.guessed_rate or Fraction(25))
-        # An avi knows the order of its packets, not when their frames are due. A frame is due in the order in which the
-        # decoder gives it out, and that is behind the packets by the same number throughout the file.
+        # An avi stores the order of packets but no presentation times. Frames are presented in the order of the decoder
+        # output, which lags behind the packets by the same number of frames throughout the file.
         is_avi = container.format.name == "avi"
         delay = _avi_delay(clip) if is_avi else 0
         if position is not None:
@@ -121,7 +132,7 @@ def _timed_frames(clip: Clip, position: Fraction | None) -> Iterator[tuple[Fract
             if last is None and tick is None and position is not None:
                 return
             time = (tick - delay) * stream.time_base - origin if tick is not None else None
-            if last is not None and (time is None or time <= last):  # no clock, or one that is wrong
+            if last is not None and (time is None or time <= last):  # missing or wrong timestamp
                 time = last + step
             last = time if time is not None else Fraction(0)
             duration = frame.duration * stream.time_base if frame.duration else step
@@ -129,7 +140,7 @@ def _timed_frames(clip: Clip, position: Fraction | None) -> Iterator[tuple[Fract
 
 
 def _frames_from(clip: Clip, start: Fraction) -> Iterator:
-    """`_timed_frames` from one at or before `start`, if there is one."""
+    """The frames of `_timed_frames`, from a frame at or before `start` if possible."""
     for margin in MARGINS:
         position = start - margin if margin is not None else None
         if position is not None and position <= 0:
@@ -143,9 +154,11 @@ def _frames_from(clip: Clip, start: Fraction) -> Iterator:
             return
 
 
-def _shown(clip: Clip, start: Fraction, end: Fraction | None) -> Iterator[tuple[Fraction, Fraction, object, object]]:
-    """(start, end, frame, stream) of each frame that is seen in the cut, in seconds of the cut, without gaps."""
-    held, since = None, Fraction(0)  # a picture that begins later than the sound is seen from the cut's start
+def shown_frames(
+    clip: Clip, start: Fraction, end: Fraction | None
+) -> Iterator[tuple[Fraction, Fraction, object, object]]:
+    """Yield (start, end, frame, stream) of each frame shown in the cut, in seconds of the cut, without gaps."""
+    held, since = None, Fraction(0)  # video that begins later than the audio is shown from the start of the cut
     for item in _frames_from(clip, start):
         if end is not None and item[0] >= end:
             break
@@ -157,15 +170,22 @@ def _shown(clip: Clip, start: Fraction, end: Fraction | None) -> Iterator[tuple[
         if held is not None:  # the file ends first
             end = min(end, held[1]) if end is not None else held[1]
     if held is None or end <= start:
-        raise _no_seconds(clip, "picture", end if held is not None else Fraction(0))
+        raise _no_seconds(clip, "video", end if held is not None else Fraction(0))
     yield since, end - start, *held[2:]
 
 
-def _planes(frame, size: tuple[int, int], turns: int, crop: str | None) -> np.ndarray:
-    """A frame as 4:2:0 planes one after the other, (height * 3 / 2, width) uint8, upright, cropped, of even size."""
-    # A picture that changes its size inside the file keeps the first one's.
+def upright_planes(frame, size: tuple[int, int], crop: str | None = None) -> np.ndarray:
+    """Convert a frame to concatenated 4:2:0 planes, (height * 3 / 2, width) uint8, upright, cropped, of even size.
+
+    Args:
+        frame: the decoded frame.
+        size: (width, height) of the result before it is turned upright and cropped. If the size changes within a file,
+            all frames are scaled to one size.
+        crop: `left` or `right`: the half to keep.
+    """
+    turn = _Orientation.of(frame)
     frame = frame.reformat(width=size[0], height=size[1], format="yuv420p", dst_color_range="MPEG", threads=1)
-    width, height = (size[1], size[0]) if turns % 2 else size
+    width, height = (size[1], size[0]) if turn.transposed else size
     width, height = width - width % 2, height - height % 2
     left, right = 0, width
     if crop is not None:
@@ -175,15 +195,24 @@ def _planes(frame, size: tuple[int, int], turns: int, crop: str | None) -> np.nd
     for number, plane in enumerate(frame.planes):
         scale = 2 if number else 1
         values = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: plane.height, : plane.width]
-        parts.append(np.rot90(values, turns)[: height // scale, left // scale : right // scale].ravel())
+        parts.append(turn.apply(values)[: height // scale, left // scale : right // scale].ravel())
     return np.concatenate(parts).reshape(height * 3 // 2, right - left)
 
 
+def describe_colors(context, frame) -> None:
+    """Write into an encoder's context how the colors of `upright_planes` of a frame are stored: readers would take
+    unmarked pictures as BT.601."""
+    context.color_range = av.video.reformatter.ColorRange.MPEG
+    if not frame.format.is_rgb and frame.colorspace in YUV_COLORS:
+        context.colorspace = frame.colorspace
+        context.color_primaries, context.color_trc = frame.color_primaries, frame.color_trc
+
+
 def _cut_picture(clip: Clip, start: Fraction, end: Fraction | None, target: Path) -> None:
-    shown = _shown(clip, start, end)
-    item = next(shown)  # whatever is wrong with the clip is found before a file is made
+    shown = shown_frames(clip, start, end)
+    item = next(shown)  # errors of the clip are raised before a file is created
     stream, first = item[3], item[2]
-    size, turns = (first.width, first.height), round(first.rotation / 90) % 4
+    size = _square_size(stream, first)
     durations = {}
     with (
         open(target, "wb") as file,
@@ -195,6 +224,7 @@ def _cut_picture(clip: Clip, start: Fraction, end: Fraction | None, target: Path
         context.time_base = Fraction(1, CLOCK)
         context.flags |= av.codec.context.Flags.bitexact
         context.pix_fmt = "yuv420p"
+        describe_colors(context, first)
 
         def mux(packets) -> None:
             for packet in packets:
@@ -204,10 +234,10 @@ def _cut_picture(clip: Clip, start: Fraction, end: Fraction | None, target: Path
         tick = -1
         while item is not None:
             begin, until, frame, _ = item
-            planes = _planes(frame, size, turns, clip.crop)
+            planes = upright_planes(frame, size, clip.crop)
             if tick < 0:
                 if planes.size == 0:
-                    raise MediaError(f"{clip.path}: its picture of {size[0]}x{size[1]} is too small to be cropped.")
+                    raise MediaError(f"{clip.path}: its frame size {size[0]}x{size[1]} is too small to be cropped.")
                 context.height, context.width = planes.shape[0] * 2 // 3, planes.shape[1]
             picture = av.VideoFrame.from_ndarray(planes, format="yuv420p")
             tick = max(round(begin * CLOCK), tick + 1)
@@ -218,16 +248,16 @@ def _cut_picture(clip: Clip, start: Fraction, end: Fraction | None, target: Path
         mux(output.encode(None))
 
 
-# Sound ---------------------------------------------------------------------------------------------------------------
+# Audio ---------------------------------------------------------------------------------------------------------------
 
 
 def _decoded_sound(clip: Clip, position: Fraction | None) -> Iterator[tuple[int, int, np.ndarray]]:
-    """(number of its first sample in the file, sampling rate, int16 (samples, channels)) of each piece in order, from
-    before `position`, or from the first one if it is None. Nothing comes where the file cannot be sought in exactly."""
+    """Yield (index of the first sample in the file, sampling rate, int16 (samples, channels)) of each piece in order,
+    from before `position`, or from the first piece if it is None. Yields nothing if exact seeking is not possible."""
     with _open(clip.path, str(clip.path)) as container:
         stream = _audio_stream(container)
         if stream is None:
-            raise _lacks(clip, "sound")
+            raise _lacks(clip, "audio")
         stream.codec_context.thread_count = 1
         origin = _origin(container)
         if position is not None:
@@ -245,10 +275,10 @@ def _decoded_sound(clip: Clip, position: Fraction | None) -> Iterator[tuple[int,
                     return
                 rate, layout = frame.sample_rate, frame.layout.name
                 place = round((frame.pts * frame.time_base - origin) * rate) if frame.pts is not None else 0
-            if setup != (frame.format.name, frame.layout.name, frame.sample_rate):  # it may change inside a stream
+            if setup != (frame.format.name, frame.layout.name, frame.sample_rate):  # it may change within a stream
                 setup = (frame.format.name, frame.layout.name, frame.sample_rate)
                 convert = av.AudioResampler("s16", layout, rate)
-            frame.pts = None  # a gap in the clock is no silence
+            frame.pts = None  # a gap in the timestamps is not silence
             for piece in convert.resample(frame):
                 values = piece.to_ndarray().reshape(-1, piece.layout.nb_channels)
                 yield place, rate, values
@@ -256,7 +286,7 @@ def _decoded_sound(clip: Clip, position: Fraction | None) -> Iterator[tuple[int,
 
 
 def _sound_from(clip: Clip, start: Fraction) -> Iterator[tuple[int, int, np.ndarray]]:
-    """`_decoded_sound` from a piece that begins at or before `start`, if there is one."""
+    """The pieces of `_decoded_sound`, from a piece that begins at or before `start` if possible."""
     for position in (start - PREROLL, None):
         if position is not None and position <= 0:
             continue
@@ -270,14 +300,14 @@ def _sound_from(clip: Clip, start: Fraction) -> Iterator[tuple[int, int, np.ndar
 
 
 def _heard(clip: Clip, start: Fraction, end: Fraction | None) -> Iterator[tuple[int, np.ndarray]]:
-    """(sampling rate, int16 (samples, channels)) of the sound in the cut."""
+    """Yield (sampling rate, int16 (samples, channels)) of the audio in the cut."""
     begin, done = None, Fraction(0)
     for place, rate, values in _sound_from(clip, start):
         stop = round(end * rate) if end is not None else place + len(values)
         done = Fraction(place + len(values), rate)
         if begin is None:
             begin = round(start * rate)
-        if begin < place < stop:  # where the sound begins later than the picture, silence keeps the two together
+        if begin < place < stop:  # silence keeps audio that begins later than the video in sync
             yield rate, np.zeros((place - begin, values.shape[1]), np.int16)
         piece = values[max(begin - place, 0) : max(stop - place, 0)]
         if len(piece):
@@ -286,12 +316,12 @@ def _heard(clip: Clip, start: Fraction, end: Fraction | None) -> Iterator[tuple[
         if end is not None and place + len(values) >= stop:
             break
     if begin is None or begin == round(start * rate):
-        raise _no_seconds(clip, "sound", done)
+        raise _no_seconds(clip, "audio", done)
 
 
 def _cut_sound(clip: Clip, start: Fraction, end: Fraction | None, target: Path) -> None:
     pieces = _heard(clip, start, end)
-    rate, values = next(pieces)  # whatever is wrong with the clip is found before a file is made
+    rate, values = next(pieces)  # errors of the clip are raised before a file is created
     with wave.open(str(target), "wb") as file:
         file.setnchannels(values.shape[1])
         file.setsampwidth(2)

@@ -1,9 +1,9 @@
-"""The dialogues of an adapter -> parquet files, card and report; clips are opened, chosen and cut in parallel.
+"""Write the dialogues of an adapter as parquet files, card and report; clips are opened, chosen and cut in parallel.
 
-Dialogues are gathered into shards of about a thousand turns. A finished shard is stored in OUT/.work under a
-fingerprint of its turns and of the size and time of their clips, so that a run that was killed goes on where it was.
-Only when all are there do they get their names and take the place of an earlier run's, with the card and the report.
-Nothing that is written depends on the time or on the number of workers: the same input gives the same bytes.
+Dialogues are collected into shards of about a thousand turns. A finished shard is stored in OUT/.work under a
+fingerprint of its turns and of the size and times of their clips, so that a run that was killed resumes where it
+stopped. Only when all shards are finished are they renamed and replace the files of an earlier run, together with the
+card and the report. The output does not depend on the time or on the number of workers: equal input gives equal bytes.
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from empathic.configuration_empathic import EMOTIONS
-from empathic.data_prep.corpus import Clip, CorpusInfo, Dialogue, Report, Turn
-from empathic.data_prep.cutting import cut
-from empathic.data_prep.writer import (
+from ..configuration_empathic import EMOTIONS
+from ..media_empathic import MediaError, lone_channel
+from .clip_digests import file_state
+from .corpora.base import Clip, CorpusInfo, Dialogue, Report, Turn
+from .cutting import cut
+from .streams import usable_streams
+from .writer import (
     add_counts,
     beside_published,
     corpus_card,
@@ -40,70 +43,40 @@ from empathic.data_prep.writer import (
     to_json,
     write_rows,
 )
-from empathic.media_empathic import MediaError, probe, read_audio, read_video
 
-FORMAT = 1  # of what this file writes: raise it when the same turns give other rows
+OUTPUT_FORMAT = 2  # version of the output: increase it when the same turns give other rows
 SHARD_TURNS = 1000
-SHARD_BYTES = 256 * 2**20  # of media, where it is embedded
-LARGEST = 2**31 - 2**20  # bytes of a clip that fit into a cell
-LONG = 120  # seconds: what the model hears at most
-STATE = ".prepared.json"
-KINDS = {"audio": ("sound", ".wav"), "video": ("picture", ".mp4")}
+SHARD_BYTES = 256 * 2**20  # of embedded media
+LARGEST = 2**31 - 2**20  # bytes of a clip that fit into a parquet cell
+LONG = 120  # seconds: the longest audio that the model uses
+STATE_FILE = ".prepared.json"
+MEDIA_FILES = {"audio": ("audio", ".wav"), "video": ("video", ".mp4")}
 LISTS = ("left_out", "repaired", "without_media")
 
 
 @dataclass(frozen=True)
 class OptionalClip(Clip):
-    """A clip that may hold no sound (or no picture) where it is named for it, without a line in the report."""
+    """A clip that may lack the audio (or video) stream it is listed for, without an entry in the report."""
 
 
 # Clips ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Media:
-    """What a file can serve as, and what is wrong with it."""
-
-    has_audio: bool
-    has_video: bool
-    duration: float | None = None
-    error: str | None = None
-
-    def holds(self, kind: str) -> bool:
-        return self.has_audio if kind == "audio" else self.has_video
-
-
-def _inspect(path: Path) -> _Media:
-    """Opens a clip and decodes the first frames of it. A bad file is described, not raised."""
-    try:
-        info = probe(path, decode=True)
-        return _Media(info.has_audio, info.has_video, info.duration)
-    except MediaError as error:
-        message = str(error)
-    usable = []
-    for read in (read_audio, read_video):  # one of the two streams may be whole
-        try:
-            read(path)
-            usable.append(True)
-        except MediaError:
-            usable.append(False)
-    return _Media(*usable, error=message)
-
-
 @dataclass
 class _Chosen:
-    """The file that is a turn's sound or picture."""
+    """The file chosen as the audio or video of a turn."""
 
     path: Path
     name: str
     source: Clip
     seconds: float | None
     cut_key: str | None = None
+    lone_channel: int | None = None  # the channel that is used alone because the channels cancel in the mix
 
 
 @dataclass
 class _Found:
-    """What became of a turn's clips, and the lines of the report on them: (list, reason)."""
+    """The chosen clips of a turn, and the report entries on its clips: (list of the report, reason)."""
 
     audio: _Chosen | None = None
     video: _Chosen | None = None
@@ -111,35 +84,36 @@ class _Found:
 
 
 def _together(items: dict[str, str], text: Callable[[str, str], str]) -> Iterator[str]:
-    """One text for both kinds where the same befell them. items: kind -> reason."""
+    """Yield one text per distinct reason, naming both kinds if they share the reason. items: kind -> reason."""
     kinds: dict[str, list[str]] = {}
     for kind, reason in items.items():
-        kinds.setdefault(reason, []).append(KINDS[kind][0])
+        kinds.setdefault(reason, []).append(MEDIA_FILES[kind][0])
     for reason, names in kinds.items():
         yield text(reason, " and ".join(names))
 
 
 class _Clips:
     """
-    Chooses and cuts the clips of turns; used by several threads at once.
+    Choose and cut the clips of turns; used by several threads at once.
 
     Args:
-        folder: where cut clips go.
-        embed: whether they are temporary.
-        cuts: what earlier runs have cut: path in `folder` -> of what.
+        folder: folder for the cut clips.
+        embed: whether the cut clips are temporary.
+        cuts: clips that earlier runs have cut: path in `folder` -> fingerprint of the cut.
     """
 
     def __init__(self, folder: Path, embed: bool, cuts: dict[str, str]):
         self.folder, self.embed, self.cuts = folder, embed, cuts
-        self.inspect = lru_cache(maxsize=4096)(_inspect)  # the turns of a dialogue may share a file
+        self.inspect = lru_cache(maxsize=4096)(usable_streams)  # the turns of a dialogue may share a file
 
-    def find(self, turn: Turn, stem: str, stats: dict[Path, tuple[int, int] | None]) -> _Found:
+    def find(self, turn: Turn, stem: str, stats: dict[Path, list[int] | None]) -> _Found:
         """
-        Opens the candidates of a turn.
+        Open the candidate clips of a turn and choose its audio and video.
 
         Args:
-            stem: `split/dialogue/utterance`, of files that are cut.
-            stats: size and time of the candidates.
+            turn: the turn.
+            stem: `split/dialogue/utterance`, the path of cut files without suffix.
+            stats: the `file_state` of each candidate.
         """
         found = _Found()
         lacking, stood_in = {}, {}
@@ -154,7 +128,7 @@ class _Clips:
             if failed and chosen is None:
                 lacking[kind] = reason
             elif failed:
-                stood_in[kind] = f"{reason} {chosen.source.name} stands in for its"
+                stood_in[kind] = f"{reason} {chosen.source.name} is used for its"
         if turn.needs_media and found.audio is None and found.video is None:
             reasons = " ".join(dict.fromkeys(lacking.values()))
             found.notes.append(("left_out", reasons or "it has no clip."))
@@ -165,17 +139,33 @@ class _Clips:
             found.notes.append(("without_media", text))
         long = {c.source.name: c.seconds for c in (found.audio, found.video) if c and (c.seconds or 0) > LONG}
         for name, seconds in long.items():
-            found.notes.append(("repaired", f"{name}: lasts {seconds:.0f} s, over {LONG} s. It is kept as it is."))
+            found.notes.append(("repaired", f"{name}: lasts {seconds:.0f} s, over {LONG} s. It is kept unchanged."))
+        if found.audio is not None and found.audio.lone_channel is not None:
+            name, channel = found.audio.source.name, found.audio.lone_channel + 1
+            text = f"{name}: its channels cancel each other when they are mixed. Channel {channel} is used alone."
+            found.notes.append(("repaired", text))
         return found
 
     def _use(self, clip: Clip, kind: str, stem: str, stats: dict, failed: list[str]) -> _Chosen | None:
-        """The file to use for a candidate; None, and mostly a reason in `failed`, if it cannot be used."""
-        media, what = self.inspect(clip.path), KINDS[kind][0]
+        """The file to use for a candidate. If it cannot be used, None; the reason, if any, is added to `failed`."""
+        chosen = self._locate(clip, kind, stem, stats, failed)
+        if chosen is None or kind == "video" or self.inspect(clip.path).channels == 1:
+            return chosen
+        try:
+            chosen.lone_channel = lone_channel(chosen.path, LONG)
+        except MediaError as error:
+            failed.append(str(error).replace(str(chosen.path), clip.name))
+            return None
+        return chosen
+
+    def _locate(self, clip: Clip, kind: str, stem: str, stats: dict, failed: list[str]) -> _Chosen | None:
+        """The file of a candidate, which is cut first if it is part of a longer file; as `_use`."""
+        media, what = self.inspect(clip.path), MEDIA_FILES[kind][0]
         if not media.holds(kind):
             if media.error:
                 failed.append(media.error.replace(str(clip.path), clip.name))
             elif not isinstance(clip, OptionalClip):
-                failed.append(f"{clip.name}: holds no {what}.")
+                failed.append(f"{clip.name}: has no {what}.")
             return None
         if clip.is_whole:
             if not _is_utf8(f"{clip.path}{clip.name}"):
@@ -183,12 +173,12 @@ class _Clips:
                 return None
             size = stats[clip.path][0] if stats[clip.path] else 0
             if self.embed and size > LARGEST:
-                failed.append(f"{clip.name}: {size:,} bytes are too many to embed. Cut it, or leave out --embed.")
+                failed.append(f"{clip.name}: {size:,} bytes are too many to embed. Cut the file, or omit --embed.")
                 return None
             return _Chosen(clip.path, clip.name, clip, media.duration)
-        name = stem + KINDS[kind][1]
+        name = stem + MEDIA_FILES[kind][1]
         target = self.folder / name
-        key = f"{FORMAT} {clip.path} {stats[clip.path]} {clip.start} {clip.end} {clip.crop}"
+        key = f"{OUTPUT_FORMAT} {clip.path} {stats[clip.path]} {clip.start} {clip.end} {clip.crop}"
         key = hashlib.sha256(os.fsencode(key)).hexdigest()[:16]
         if self.cuts.get(name) != key or not target.is_file():
             part = target.with_name(f".{target.stem}.part{target.suffix}")
@@ -209,16 +199,16 @@ class _Clips:
 
 @dataclass
 class _Shard:
-    """Dialogues of a split that are written as one parquet file."""
+    """Dialogues of one split that are written to one parquet file."""
 
     split: str
     dialogues: list[Dialogue] = field(default_factory=list)
     turns: int = 0
     size: int = 0  # bytes of media, an estimate
-    stats: dict[Path, tuple[int, int] | None] = field(default_factory=dict)  # of each clip: size, time
+    stats: dict[Path, list[int] | None] = field(default_factory=dict)  # clip -> file_state
 
     def fingerprint(self, corpus: str, embed: bool, options: dict) -> str:
-        """Of everything that its rows depend on."""
+        """Fingerprint of everything that the rows of the shard depend on."""
 
         def clips(found: Iterable[Clip]) -> list:
             return [
@@ -231,14 +221,13 @@ class _Shard:
             + [{**vars(turn), "audio": clips(turn.audio), "video": clips(turn.video)} for turn in dialogue.turns]
             for dialogue in self.dialogues
         ]
-        content = json.dumps([FORMAT, corpus, embed, options, self.split, dialogues], sort_keys=True)
+        content = json.dumps([OUTPUT_FORMAT, corpus, embed, options, self.split, dialogues], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
-def _stat(path: Path) -> tuple[int, int] | None:
+def _stat(path: Path) -> list[int] | None:
     try:
-        found = os.stat(path)
-        return found.st_size, found.st_mtime_ns
+        return file_state(path)
     except (OSError, ValueError):
         return None
 
@@ -248,22 +237,22 @@ def _is_utf8(text: str) -> bool:
 
 
 def _clean(dialogue: Dialogue, report: Report) -> None:
-    """Half of a surrogate pair, as a wrong escape in JSON gives it, fits into no file."""
+    """Replace lone surrogates, which a wrong escape in JSON produces and no file can store, with U+FFFD."""
     for holder in (dialogue, *dialogue.turns):
         for name in ("dialogue_id",) if holder is dialogue else ("utterance_id", "speaker", "text"):
             value = getattr(holder, name)
             clean = re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", value)
             if clean != value:
                 where = dialogue.turns[0].where if holder is dialogue else holder.where
-                report.repair(where, f"a character of its {name} is half of one. U+FFFD stands for it.")
+                report.repair(where, f"its {name} contains a lone surrogate. It was replaced with U+FFFD.")
                 setattr(holder, name, clean)
 
 
 def _check(dialogue: Dialogue, seen: set[tuple[str, str]]) -> None:
-    """ValueError for what an adapter must never give."""
+    """ValueError if an adapter gives a duplicate dialogue or an unknown emotion."""
     key = (dialogue.split, dialogue.dialogue_id)
     if key in seen:
-        raise ValueError(f'The dialogue "{key[1]}" of split {key[0]} came twice. Its name must be unique in the split.')
+        raise ValueError(f'The dialogue "{key[1]}" of split {key[0]} occurs twice. Its id must be unique in the split.')
     seen.add(key)
     for turn in dialogue.turns:
         if turn.emotion is not None and turn.emotion not in EMOTIONS:
@@ -271,7 +260,7 @@ def _check(dialogue: Dialogue, seen: set[tuple[str, str]]) -> None:
 
 
 def _shards(dialogues: Iterable[Dialogue], report: Report, embed: bool) -> Iterator[_Shard]:
-    """Full shards as they come, each of whole dialogues of one split; which goes where depends on nothing else."""
+    """Yield shards of whole dialogues of one split as they fill up. Their content depends only on the arguments."""
     filling: dict[str, _Shard] = {}
     seen: set[tuple[str, str]] = set()
     for dialogue in dialogues:
@@ -283,7 +272,7 @@ def _shards(dialogues: Iterable[Dialogue], report: Report, embed: bool) -> Itera
                 for place, clip in enumerate(clips):
                     known = clip.path in stats
                     stats[clip.path] = stats[clip.path] if known else _stat(clip.path)
-                    # The first candidate counts; a recording that is cut counts once for all of its turns.
+                    # Count the first candidate only, and a recording that is cut only once for all of its turns.
                     if place == 0 and stats[clip.path] and (clip.is_whole or not known):
                         size += stats[clip.path][0]
         shard = filling.setdefault(dialogue.split, _Shard(dialogue.split))
@@ -299,7 +288,7 @@ def _shards(dialogues: Iterable[Dialogue], report: Report, embed: bool) -> Itera
 
 
 def _file_name(name: str) -> str:
-    """A name that every file system takes, and no other name has."""
+    """Convert a name to a file name that is valid on every file system and unique to the name."""
     safe = re.sub(r"[^A-Za-z0-9_.-]", "_", name)[:80].lstrip(".")
     if safe == name and safe:
         return safe
@@ -307,7 +296,7 @@ def _file_name(name: str) -> str:
 
 
 def _stems(dialogue: Dialogue) -> list[str]:
-    """`split/dialogue/utterance` of each turn."""
+    """The path `split/dialogue/utterance` of each turn, unique within the dialogue."""
     folder = f"{_file_name(dialogue.split)}/{_file_name(dialogue.dialogue_id)}"
     stems: list[str] = []
     for place, turn in enumerate(dialogue.turns):
@@ -317,7 +306,7 @@ def _stems(dialogue: Dialogue) -> list[str]:
 
 
 def _ahead(pool: ThreadPoolExecutor, limit: int, work: Callable, items: Iterable) -> Iterator:
-    """(item, work(*item)) in order, of which no more than `limit` wait."""
+    """Yield (item, work(*item)) in order, with at most `limit` items in flight."""
     waiting: deque = deque()
     for item in items:
         waiting.append((item, pool.submit(work, *item)))
@@ -330,7 +319,7 @@ def _ahead(pool: ThreadPoolExecutor, limit: int, work: Callable, items: Iterable
 
 
 class _Writer:
-    """Writes shards to OUT/.work; `parts` are those that are finished, by their fingerprint."""
+    """Write shards to OUT/.work. `parts` maps the fingerprints of finished shards to their parts of the report."""
 
     def __init__(self, corpus: str, out: Path, embed: bool, num_workers: int, pool: ThreadPoolExecutor, bar: tqdm):
         self.corpus, self.embed, self.pool, self.bar = corpus, embed, pool, bar
@@ -342,7 +331,7 @@ class _Writer:
         self.clips = _Clips(self.work / "media" if embed else self.media, embed, self.cuts)
 
     def write(self, shard: _Shard, fingerprint: str) -> dict:
-        """Writes a shard, or takes it from an earlier run. Returns its part of the report."""
+        """Write a shard, or reuse the shard of an earlier run. Returns its part of the report."""
         if fingerprint in self.parts:
             self.bar.update(shard.turns)
             return self.parts[fingerprint]
@@ -408,12 +397,12 @@ class _Writer:
         elif chosen.cut_key is not None and self.cuts.get(chosen.name) != chosen.cut_key:
             self.cuts[chosen.name] = chosen.cut_key
             with open(self.work / "cuts.jsonl", "a", encoding="utf-8") as file:
-                # The line before may be the stump that a kill left.
+                # The previous line may be incomplete if a run was killed while writing it.
                 file.write("\n" + json.dumps([chosen.name, chosen.cut_key]) + "\n")
         return value
 
 
-# What is on disk -----------------------------------------------------------------------------------------------------
+# Files of earlier runs -----------------------------------------------------------------------------------------------
 
 
 def _read_json(path: Path) -> dict:
@@ -424,7 +413,7 @@ def _read_json(path: Path) -> dict:
 
 
 def _locate(out: Path, shards: dict[str, Path], part: dict) -> Path | None:
-    """The parquet file of a part: in .work, or published already."""
+    """The parquet file of a part, in .work or already published; None if there is no such file."""
     for path in (out / ".work" / f"{part['fingerprint']}.parquet", shards.get(part["digest"])):
         if path is not None and path.is_file() and path.stat().st_size == part["size"]:
             return path
@@ -432,9 +421,9 @@ def _locate(out: Path, shards: dict[str, Path], part: dict) -> Path | None:
 
 
 def _finished(out: Path) -> dict[str, dict]:
-    """The parts of earlier runs whose parquet file is there, by their fingerprint."""
+    """The parts of earlier runs whose parquet file still exists: fingerprint -> part."""
     shards = find_shards(out / "data")
-    parts = list(_read_json(out / STATE).get("shards", []))
+    parts = list(_read_json(out / STATE_FILE).get("shards", []))
     parts += [part for part in map(_read_json, sorted((out / ".work").glob("*.json"))) if "fingerprint" in part]
     return {
         part["fingerprint"]: part for part in parts if part["digest"] is None or _locate(out, shards, part) is not None
@@ -442,7 +431,7 @@ def _finished(out: Path) -> dict[str, dict]:
 
 
 def _read_cuts(media: Path, work: Path) -> dict[str, str]:
-    """What earlier runs have cut."""
+    """Read which clips earlier runs have cut: path in `media` -> fingerprint of the cut."""
     cuts = dict(_read_json(media / "cuts.json"))
     if (work / "cuts.jsonl").is_file():
         for line in (work / "cuts.jsonl").read_text(encoding="utf-8").splitlines():
@@ -455,7 +444,7 @@ def _read_cuts(media: Path, work: Path) -> dict[str, str]:
 
 
 def _tidy(out: Path, embed: bool) -> None:
-    """Removes what only a run needs; folders of these names that no run has made stay."""
+    """Remove the temporary files of runs; folders with these names that no run created stay."""
     work, media, unpacked = out / ".work", out / "media", out / "unpacked"
     own_media = (media / "cuts.json").is_file() or (work / "cuts.jsonl").is_file()
     own_unpacked = any(unpacked.rglob(".*.unpacked")) or not any(unpacked.rglob("*"))
@@ -464,12 +453,12 @@ def _tidy(out: Path, embed: bool) -> None:
             shutil.rmtree(folder)
 
 
-# The whole -----------------------------------------------------------------------------------------------------------
+# Preparing a corpus --------------------------------------------------------------------------------------------------
 
 
 def unchanged(out: Path, source: str) -> dict | None:
-    """report.json of an earlier run on the same `source`, if all that it wrote is still there."""
-    state, report = _read_json(out / STATE), _read_json(out / "report.json")
+    """The report.json of an earlier run with the same `source`, or None unless all files of that run still exist."""
+    state, report = _read_json(out / STATE_FILE), _read_json(out / "report.json")
     shards = find_shards(out / "data")
     whole = all(part["digest"] is None or _locate(out, shards, part) for part in state.get("shards", []))
     if state.get("source") != source or not whole or not (out / "README.md").is_file():
@@ -481,8 +470,8 @@ def unchanged(out: Path, source: str) -> dict | None:
 
 
 def say_unchanged(out: Path) -> None:
-    """Says that there was nothing to do."""
-    tqdm.write(f"{out}: nothing has changed since it was written; nothing was done.", file=sys.stderr)
+    """Print that the output is up to date."""
+    tqdm.write(f"{out}: the output is up to date; nothing was done.", file=sys.stderr)
 
 
 def prepare(
@@ -498,33 +487,34 @@ def prepare(
     source: str | None = None,
 ) -> dict:
     """
-    Writes a prepared corpus: OUT/data/*.parquet, README.md and report.json. `datasets.load_dataset(OUT)` reads it.
+    Write a prepared corpus: OUT/data/*.parquet, README.md and report.json. `datasets.load_dataset(OUT)` reads it.
 
-    A run that was killed goes on where it was, and gives the same bytes. A run on what was prepared before opens no
-    clip and writes nothing. Files of an earlier run on other input are replaced; other files in OUT stay.
+    A run that was killed resumes where it stopped, with the same result. A run on input that is already prepared opens
+    no clip and writes nothing. Files of an earlier run on other input are replaced; other files in OUT stay.
 
     Args:
-        about: of the corpus, for the card.
-        dialogues: from an adapter; read once, held a shard at a time.
-        report: filled by the adapter while `dialogues` is read; the clips' part is added.
-        embed: True copies the media into the parquet files and removes what runs have left in OUT/unpacked and
-            OUT/media; else they hold absolute paths, and clips that had to be cut lie in OUT/media.
+        about: facts about the corpus, for the card.
+        dialogues: dialogues from an adapter; read once, with one shard per split in memory.
+        out: the folder OUT.
+        report: filled by the adapter while `dialogues` is read; entries on the clips are added.
+        embed: if True, the parquet files contain the media, and the files that runs left in OUT/unpacked and OUT/media
+            are removed; if False, they contain absolute paths, and cut clips are in OUT/media.
         num_workers: threads that open and cut clips.
         progress: whether to show a progress bar.
-        options: the choices that were made, for the report.
-        source: fingerprint of all that the corpus is read from, kept for `unchanged`.
+        options: the chosen options, for the report.
+        source: fingerprint of the raw corpus, stored for `unchanged`.
 
     Returns:
-        The content of report.json. `rows` in it is 0 if there was nothing to write: then only report.json is written.
+        The content of report.json. If its `rows` is 0, no other file is written.
 
     Raises:
-        RuntimeError: if the rows that the adapter found are not those written and left out.
+        RuntimeError: if the number of rows that the adapter found is not the number written plus the number left out.
         ValueError: if the adapter gives a dialogue twice, or an emotion outside the seven.
     """
     out = Path(out)
     options = {**(options or {}), "embed": embed}
     data, parts = out / "data", []
-    # Threads are enough: FFmpeg works outside of Python's lock.
+    # Threads are enough: FFmpeg releases the GIL.
     with (
         ThreadPoolExecutor(max(1, num_workers)) as pool,
         tqdm(desc=f"Preparing {about.name}", unit=" turns", disable=not progress) as bar,
@@ -546,7 +536,7 @@ def prepare(
     if report.found != rows + len(report.left_out):
         raise RuntimeError(
             f"{about.name}: {report.found} rows were found, but {rows} written and {len(report.left_out)} left out: "
-            "the adapter lost or doubled some. Nothing was published."
+            "the adapter lost or duplicated rows. Nothing was published."
         )
     content = {
         "corpus": report.corpus,
@@ -575,7 +565,7 @@ def _publish(
     embed: bool,
     source: str | None,
 ) -> bool:
-    """Gives everything its final name. Returns whether anything is new."""
+    """Move all output files to their final names. Returns whether any file changed."""
     work, text = out / ".work", to_json(content)
     out.mkdir(parents=True, exist_ok=True)
     if not content["rows"]:
@@ -591,7 +581,7 @@ def _publish(
     changed = [
         replace_file(out / "README.md", corpus_card(about, content, names, embed), work),
         replace_file(out / "report.json", text, work),
-        replace_file(out / STATE, to_json({**state, "shards": parts}), work),
+        replace_file(out / STATE_FILE, to_json({**state, "shards": parts}), work),
     ]
     if cuts:
         changed.append(replace_file(out / "media" / "cuts.json", to_json(dict(sorted(cuts.items()))), work))

@@ -1,19 +1,19 @@
-"""The one row schema that every corpus is brought to: one row is one turn of a conversation.
+"""The row schema that every corpus is converted to: one row is one turn of a conversation.
 
 | column | type | meaning |
 |---|---|---|
 | corpus | string | name of the corpus |
 | split | string | train, validation or test (MultiDialog keeps its own names) |
-| dialogue_id | string | the dialogue, unique inside (corpus, split) |
-| turn | int | 0, 1, 2 ... inside the dialogue, without gaps |
-| utterance_id | string | the corpus's own name of the turn |
-| speaker | string | who speaks |
-| text | string | what is said |
-| emotion | string or null | one of the seven |
+| dialogue_id | string | id of the dialogue, unique within (corpus, split) |
+| turn | int | 0, 1, 2 ... within the dialogue, without gaps |
+| utterance_id | string | the corpus's own id of the turn |
+| speaker | string | name of the speaker |
+| text | string | transcript of the turn |
+| emotion | string or null | one of the seven emotions |
 | audio, video | {path, bytes} or null | the clip of exactly this turn |
-| start, end | float or null | seconds in the recording that the turn came from, for information |
+| start, end | float or null | seconds in the source recording, informative |
 
-`audio` and `video` are plain structs: `datasets.Audio` and `datasets.Video` would decode through torchcodec, while this
+`audio` and `video` are plain structs, because `datasets.Audio` and `datasets.Video` decode with torchcodec and this
 project decodes with PyAV.
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 
 from datasets import Features, Value
 
-from empathic.configuration_empathic import EMOTIONS
+from ..configuration_empathic import EMOTIONS
 
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {
@@ -38,11 +38,11 @@ SPLIT_NAMES = {
 
 
 class SchemaError(ValueError):
-    """A row that does not fit the schema. The message names the value, what is wrong and the mend."""
+    """A row does not match the schema. The message gives the value, the rule and the remedy."""
 
 
 def row_features() -> Features:
-    """The columns of a prepared corpus, for `datasets`."""
+    """The columns of a prepared corpus, as `datasets.Features`."""
 
     def media():
         return {"path": Value("string"), "bytes": Value("binary")}
@@ -66,14 +66,14 @@ def row_features() -> Features:
 
 
 def parse_emotion(value: Any, emotion_map: dict[str, str | None] | None = None) -> str | None:
-    """The emotion that a label means.
+    """Convert a label to an emotion.
 
     Args:
         value: the label: a string in any case, or None or "" for no label.
-        emotion_map: what the labels of a corpus mean, lower case; None as a meaning drops the label.
+        emotion_map: maps the corpus's labels, in lower case, to emotions, or to None to drop the label.
 
     Returns:
-        One of `EMOTIONS`, or None where there is no label.
+        One of `EMOTIONS`, or None if there is no label.
 
     Raises:
         SchemaError: for any other label.
@@ -88,33 +88,33 @@ def parse_emotion(value: Any, emotion_map: dict[str, str | None] | None = None) 
             return label
     raise SchemaError(
         f"the emotion {value!r} is not one of {', '.join(EMOTIONS)}. "
-        "Use one of these, leave it out, or map it to one of them."
+        "Use one of these, omit the label, or map it to one of these."
     )
 
 
 def parse_split(value: Any) -> str | None:
-    """`train`, `validation` or `test` from their usual names; None where there is none. SchemaError for any other."""
+    """Convert a common split name to `train`, `validation` or `test`; None if empty. SchemaError for other names."""
     if value is None or value == "":
         return None
     if isinstance(value, str) and value.strip().lower() in SPLIT_NAMES:
         return SPLIT_NAMES[value.strip().lower()]
-    raise SchemaError(f"the split {value!r} is not one of {', '.join(SPLITS)}. Use one of these or leave it out.")
+    raise SchemaError(f"the split {value!r} is not one of {', '.join(SPLITS)}. Use one of these or omit it.")
 
 
 def parse_id(row: dict, key: str) -> str:
-    """A required name, given as a string or a whole number. SchemaError if it is missing or empty."""
+    """Read a required id, given as a string or an integer. SchemaError if it is missing or empty."""
     value = row.get(key)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, str) and value.strip():
         return value.strip()
-    raise SchemaError(f'"{key}" is {value!r}. Give a string that is not empty.')
+    raise SchemaError(f'"{key}" is {value!r}. Give a non-empty string.')
 
 
 def parse_turn(value: Any) -> int:
-    """The number of a turn, from 0. SchemaError for anything but a whole number."""
+    """Read the number of a turn, from 0. SchemaError if it is not a whole number."""
     number = value
-    if isinstance(value, str) and value.strip().isdecimal() and len(value) < 20:  # Python refuses thousands
+    if isinstance(value, str) and value.strip().isdecimal() and len(value) < 20:  # int() limits the number of digits
         number = int(value)
     if isinstance(number, float) and number.is_integer():
         number = int(number)
@@ -124,18 +124,18 @@ def parse_turn(value: Any) -> int:
 
 
 def parse_text(value: Any) -> str:
-    """What is said; it may be empty. SchemaError if it is no string."""
+    """Read the text of a turn, which may be empty. SchemaError if it is not a string."""
     if not isinstance(value, str):
-        raise SchemaError(f'"text" is {value!r}. Give what is said as a string ("" if nothing is).')
+        raise SchemaError(f'"text" is {value!r}. Give the transcript as a string ("" for a turn without words).')
     return value.strip()
 
 
 def parse_seconds(row: dict, key: str) -> float | None:
-    """A time in seconds or None. SchemaError for anything but a finite number from 0."""
+    """Read an optional time in seconds. SchemaError if it is not a finite number >= 0."""
     value = row.get(key)
     if value is None:
         return None
-    # No isfinite(): a whole number may be too large for a float.
+    # math.isfinite() would raise for an int that is too large for a float.
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
-        raise SchemaError(f'"{key}" is {value!r}. Give seconds as a number from 0, or leave it out.')
+        raise SchemaError(f'"{key}" is {value!r}. Give seconds as a number >= 0, or omit the key.')
     return float(value)

@@ -1,8 +1,8 @@
-"""Text as people typed it: mis-decoded punctuation mended, invisible characters gone, white space plain.
+"""Clean text: fix mis-decoded punctuation, remove invisible characters and normalize whitespace.
 
-Corpora carry traces of how they were stored: bytes of the Windows encoding read as Latin-1 (U+0092 where ’ was meant),
-byte order marks, zero-width spaces, line separators inside a sentence. A tokenizer turns each into tokens that mean
-nothing. All else stays as it is: case, quotes, emoji, accents, composed or not.
+Corpora have artifacts of their storage: bytes of the Windows encoding read as Latin-1 (U+0092 instead of ’), byte order
+marks, zero-width spaces, line separators inside a sentence. A tokenizer would turn these into meaningless tokens.
+Everything else stays unchanged: case, quotes, emoji, accents, composed and decomposed characters.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 import unicodedata
 from functools import lru_cache
 
-# Format characters that are seen: number signs and the like of Arabic, Syriac and Kaithi, joiners of hieroglyphs.
+# Visible format characters: number signs and similar signs of Arabic, Syriac and Kaithi, joiners of hieroglyphs.
 _VISIBLE = frozenset("\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd").union(
     map(chr, range(0x0600, 0x0606)), map(chr, range(0x13430, 0x13456))
 )
@@ -19,27 +19,28 @@ _JOINERS = re.compile("[\u200c\u200d]+")
 _TAGS = re.compile("(?<=\U0001f3f4)([\U000e0020-\U000e007e]+\U000e007f)|[\U000e0020-\U000e007f]+")
 _SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _MISREAD_UTF8 = re.compile("\u00e2\u0080[\u0080-\u00bf]")
-_VIRAMA = 9  # the canonical combining class of the signs that silence a vowel
+_VIRAMA = 9  # the canonical combining class of the signs that suppress a vowel
 
 
 def clean_text(text: str) -> tuple[str, list[str]]:
     """
-    The text without the traces of its storage. Cleaning it again changes nothing.
+    Remove the artifacts of storage from a text. The function is idempotent.
 
-    - U+0080 to U+009F become what the Windows encoding (cp1252) has there; the five that it leaves undefined go.
-      Where three characters are the UTF-8 bytes of one punctuation mark (â, U+0080, U+0099 for ’), they become it.
-    - All white space becomes single spaces, none at the ends.
-    - Control and format characters, non-characters, lone surrogates and U+FFFD go. The two joiners U+200C and U+200D
-      stay where they mean something: inside emoji and in scripts that join letters.
+    - U+0080 to U+009F become the characters with these codes in the Windows encoding (cp1252); the five undefined codes
+      are removed. Three characters that are the UTF-8 bytes of one punctuation mark (â, U+0080, U+0099 for ’) become
+      this mark.
+    - Whitespace becomes single spaces, with none at the ends.
+    - Control and format characters, non-characters, lone surrogates and U+FFFD are removed. The two joiners U+200C and
+      U+200D stay where they are meaningful: inside emoji and in scripts that join letters.
 
     Args:
         text: any string.
 
     Returns:
-        The text, and a reason for each kind of change, such as "U+0092 was meant as ’."; none for plain white space
-        (blanks, tabs, ends of lines).
+        The clean text, and a reason for each kind of change, such as "U+0092 was meant as ’."; there is no reason for
+        changes of plain whitespace (spaces, tabs, line ends).
     """
-    if text.isprintable() and "\ufffd" not in text:  # nothing odd: all of it in one look, as most lines are
+    if text.isprintable() and "\ufffd" not in text:  # fast path: most lines have no special characters
         return " ".join(text.split()), []
     reasons = []
 
@@ -50,7 +51,7 @@ def clean_text(text: str) -> tuple[str, list[str]]:
 
     def join_pair(match: re.Match) -> str:
         character = match[0].encode("utf-16", "surrogatepass").decode("utf-16")
-        return note(character, f"the two surrogates of {_code(character)} were put together.")
+        return note(character, f"the two surrogates of {_code(character)} were combined.")
 
     def decode(match: re.Match) -> str:
         character = match[0].encode("latin-1").decode("utf-8")
@@ -64,7 +65,7 @@ def clean_text(text: str) -> tuple[str, list[str]]:
             table[ord(character)] = note(replacement, reason) if reason else replacement
     text = text.translate(table)
 
-    # These two hang on their neighbours, so they are judged when all else is gone.
+    # Tags and joiners depend on their neighbors, so they are checked after all other characters are removed.
     def check_tags(match: re.Match) -> str:
         if match[1]:  # a flag such as Scotland's
             return match[0]
@@ -86,7 +87,7 @@ def clean_text(text: str) -> tuple[str, list[str]]:
 
 @lru_cache(maxsize=4096)
 def _replace(character: str) -> tuple[str, str | None]:
-    """What stands for one character, itself included, and the reason if it is worth a line in the report."""
+    """The replacement of a character (possibly the character itself), and the reason if it should be reported."""
     code, category = ord(character), unicodedata.category(character)
     if 0x80 <= code <= 0x9F:
         try:
@@ -99,10 +100,10 @@ def _replace(character: str) -> tuple[str, str | None]:
     if character.isspace():
         return " ", f"{_code(character)} became a space."
     if character == "\ufffd":
-        return "", f"{_code(character)} was removed; the character that it took the place of is lost."
+        return "", f"{_code(character)} was removed; the original character is lost."
     if category == "Cs":
-        return "", f"{_code(character)}, half of a character, was removed."
-    if category == "Cn":  # not known to this Python, such as a new emoji, or a non-character
+        return "", f"{_code(character)}, a lone surrogate, was removed."
+    if category == "Cn":  # unassigned in this Python version, such as a new emoji, or a non-character
         no_character = code & 0xFFFE == 0xFFFE or 0xFDD0 <= code <= 0xFDEF
         return ("", f"{_code(character)} was removed.") if no_character else (character, None)
     if category not in ("Cc", "Cf") or character in _VISIBLE or _JOINERS.match(character) or _TAGS.match(character):
@@ -111,7 +112,7 @@ def _replace(character: str) -> tuple[str, str | None]:
 
 
 def _joins(character: str) -> bool:
-    """Whether a joiner next to it can mean something: it is an emoji, or of a script that comes after Cyrillic's."""
+    """Whether a joiner next to this character can be meaningful: an emoji, or a letter after Cyrillic (from U+0590)."""
     if not character or ord(character) < 0x0590:
         return False
     category = unicodedata.category(character)
@@ -119,6 +120,6 @@ def _joins(character: str) -> bool:
 
 
 def _code(character: str) -> str:
-    """`U+200B (zero width space)`."""
+    """The code and name of a character, such as `U+200B (zero width space)`."""
     name = unicodedata.name(character, "").lower()
     return f"U+{ord(character):04X}" + (f" ({name})" if name else "")

@@ -1,4 +1,4 @@
-"""What the stages train on, derived from rows of the schema without copying the corpus.
+"""Training views: the items that each training stage reads, derived from schema rows without copying the corpus.
 
 | view | one item | stage |
 |---|---|---|
@@ -7,12 +7,12 @@
 | `conversations` | a whole dialogue | memory_multi |
 | `dialogue_samples` | (history, turn, reply) | dialogue, epo |
 
-Each function takes any iterable of rows (a list, a `datasets.Dataset`, a streamed one) and yields items one at a time.
-The turns of a dialogue have to stand together and in order, as `prepare` writes them. For random access in training
-`EmotionClips`, `Utterances`, `Conversations` and `DialogueSamples` give the same items by their number: they hold the
-dataset and a number or two an item. Every speaker keeps their name, however many there are.
+Each function takes any iterable of rows (a list, a `datasets.Dataset` or a streamed dataset) and yields items one at a
+time. The turns of a dialogue must be contiguous and in order, as `prepare` writes them. For random access in training,
+`EmotionClips`, `Utterances`, `Conversations` and `DialogueSamples` return the same items by index; they store the
+dataset and one or two integers per item. Speaker names are kept, for any number of speakers.
 
-A dialogue never crosses splits: (corpus, split, dialogue_id) names it, and `check_splits` looks for any that does.
+A dialogue never crosses splits: (corpus, split, dialogue_id) identifies a dialogue, and `check_splits` checks this.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 Row = dict[str, Any]
-IDS = ("corpus", "split", "dialogue_id")
-UTTERANCE = (*IDS, "turn", "utterance_id", "speaker", "text")
+DIALOGUE_IDS = ("corpus", "split", "dialogue_id")
+UTTERANCE = (*DIALOGUE_IDS, "turn", "utterance_id", "speaker", "text")
 SPOKEN = ("turn", "utterance_id", "speaker", "text", "emotion")
 
 
 def _key(row: Row) -> tuple:
-    return tuple(row[name] for name in IDS)
+    return tuple(row[name] for name in DIALOGUE_IDS)
 
 
 def _scattered(key: tuple) -> ValueError:
-    return ValueError(f"The turns of dialogue {key} do not stand together. Sort the rows by dialogue and turn.")
+    return ValueError(f"The turns of dialogue {key} are not contiguous. Sort the rows by dialogue and turn.")
 
 
 def _unexpected(key: tuple, turn: int, expected: int) -> ValueError:
@@ -46,7 +46,7 @@ def _unexpected(key: tuple, turn: int, expected: int) -> ValueError:
 
 
 def _spans(rows: Iterable[Row]) -> Iterator[tuple[int, int]]:
-    """(first, end) of the rows of each dialogue. ValueError if they do not stand together or are out of order."""
+    """Yield the row range (first, end) of each dialogue. ValueError if turns are not contiguous or not in order."""
     seen, start, before, end = set(), 0, None, 0
     for end, row in enumerate(rows):
         key = _key(row)
@@ -64,7 +64,7 @@ def _spans(rows: Iterable[Row]) -> Iterator[tuple[int, int]]:
 
 
 def _dialogues(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """The rows of each dialogue, one dialogue at a time."""
+    """Yield the rows of each dialogue, one dialogue at a time."""
     held: list[Row] = []
 
     def hold() -> Iterator[Row]:
@@ -79,35 +79,35 @@ def _dialogues(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 def emotion_clips(rows: Iterable[Row]) -> Iterator[Row]:
-    """The rows that have an emotion and an audio or video clip, as they are (section 3.1 of the paper)."""
+    """Yield the rows that have an emotion and an audio or video clip, unchanged (section 3.1 of the paper)."""
     for row in rows:
         if row["emotion"] is not None and (row["audio"] is not None or row["video"] is not None):
             yield row
 
 
 def utterances(rows: Iterable[Row]) -> Iterator[Row]:
-    """The turns that say something, as {corpus, split, dialogue_id, turn, utterance_id, speaker, text}."""
+    """Yield the turns with non-empty text as {corpus, split, dialogue_id, turn, utterance_id, speaker, text}."""
     for row in rows:
         if row["text"]:
             yield {name: row[name] for name in UTTERANCE}
 
 
 def conversations(rows: Iterable[Row]) -> Iterator[Row]:
-    """Each dialogue as {corpus, split, dialogue_id, turns}, each of its turns as {turn, utterance_id, speaker, text,
-    emotion} (section 3.2 of the paper)."""
+    """Yield each dialogue as {corpus, split, dialogue_id, turns}, where each turn is {turn, utterance_id, speaker,
+    text, emotion} (section 3.2 of the paper)."""
     for turns in _dialogues(rows):
         yield _conversation(turns)
 
 
 def _conversation(turns: list[Row]) -> Row:
     return {
-        **{name: turns[0][name] for name in IDS},
+        **{name: turns[0][name] for name in DIALOGUE_IDS},
         "turns": [{name: row[name] for name in SPOKEN} for row in turns],
     }
 
 
 def is_reply(turns: list[Row], k: int) -> bool:
-    """Whether turn k answers turn k-1: it exists, another person speaks, and something is said."""
+    """Whether turn k replies to turn k-1: turn k-1 exists, the speaker changes, and the text of turn k is not empty."""
     return k >= 1 and turns[k]["speaker"] != turns[k - 1]["speaker"] and bool(turns[k]["text"])
 
 
@@ -118,16 +118,17 @@ def _media(kind: str, value: Row | None) -> list[Row]:
 
 
 def make_sample(turns: list[Row], k: int) -> Row:
-    """The training sample whose reply is turn k: what was said before, turn k-1 with its clip, the reply.
+    """Make the training sample whose reply is turn k: the history, turn k-1 with its clip, and the reply.
 
-    Whoever replies is the assistant and everyone else a user; `name` keeps the speaker. Media goes with turn k-1 only.
+    The replying speaker has the role `assistant`, every other speaker the role `user`; `name` keeps the speaker's name.
+    Only turn k-1 has media.
 
     Args:
-        turns: the rows 0 .. k of the dialogue; only row k-1 needs its `audio` and `video`.
+        turns: rows 0 to k of the dialogue; only row k-1 needs its `audio` and `video`.
 
     Returns:
-        {prompt: messages, reply: text, emotion: of turn k-1, reply_emotion, corpus, split, dialogue_id, turn: k,
-        utterance_id: of turn k}.
+        A dict with `prompt` (messages), `reply` (text), `emotion` (emotion of turn k-1), `reply_emotion`, `corpus`,
+        `split`, `dialogue_id`, `turn` (k) and `utterance_id` (id of turn k).
     """
     reply = turns[k]
     prompt = []
@@ -142,52 +143,52 @@ def make_sample(turns: list[Row], k: int) -> Row:
         "reply": reply["text"],
         "emotion": turns[k - 1]["emotion"],
         "reply_emotion": reply["emotion"],
-        **{name: reply[name] for name in (*IDS, "turn", "utterance_id")},
+        **{name: reply[name] for name in (*DIALOGUE_IDS, "turn", "utterance_id")},
     }
 
 
 def dialogue_samples(rows: Iterable[Row]) -> Iterator[Row]:
-    """The samples of `make_sample` for each turn k >= 1 whose speaker differs from that of turn k-1."""
+    """Yield a sample of `make_sample` for each turn k that replies to turn k-1 (see `is_reply`)."""
     for turns in _dialogues(rows):
         for k in range(1, len(turns)):
             if is_reply(turns, k):
                 yield make_sample(turns, k)
 
 
-# By number. Columns are read as Arrow holds them: no row becomes a Python object before it is asked for, and no media,
-# embedded or not, is read to find out which rows an item is of.
+# Random access. Columns are read as Arrow arrays: a row becomes a Python object only when it is requested, and no media
+# is read, embedded or not, to find the rows of each item.
 
 
 def _pick(dataset: Dataset, values: np.ndarray) -> np.ndarray:
-    """Values of the rows of the table, (rows of the table,), as values of the rows of the dataset, (rows,)."""
-    # `select` and `filter` leave the table as it is and keep the numbers of the rows. To index the dataset instead
-    # would copy whole columns, embedded media included.
+    """Map one value per table row, (table rows,), to one value per dataset row, (rows,)."""
+    # `select` and `filter` do not change the table; they store row indices. Indexing the dataset instead would copy
+    # whole columns, including embedded media.
     indices = dataset._indices
     return values if indices is None else values[indices.column(0).to_numpy()]
 
 
 def is_there(dataset: Dataset, name: str) -> np.ndarray:
-    """Which rows have a value in the column, (rows,) bool."""
+    """Mask of the rows with a value in column `name`, (rows,) bool."""
     return _pick(dataset, dataset.data.column(name).is_valid().to_numpy())
 
 
 def says_something(dataset: Dataset) -> np.ndarray:
-    """Which rows have a text that is not empty, (rows,) bool."""
+    """Mask of the rows whose text is not empty, (rows,) bool."""
     length = pc.fill_null(pc.binary_length(dataset.data.column("text")), 0)
     return _pick(dataset, length.to_numpy() > 0)
 
 
 def _codes(dataset: Dataset, name: str) -> tuple[np.ndarray, list[str | None]]:
-    """A column of few strings as a number a row, (rows,), and the string of each number."""
+    """Encode a string column of few distinct values: an integer code per row, (rows,), and the string of each code."""
     column = dataset.data.column(name)
     strings = pc.unique(column)
     return _pick(dataset, pc.index_in(column, strings).to_numpy()), strings.to_pylist()
 
 
 def _keys(dataset: Dataset) -> tuple[np.ndarray, list[list]]:
-    """The dialogue of each row as a number, (rows,), and the strings that the number stands for, a list a column."""
+    """Encode the dialogue of each row as an integer key, (rows,). Also returns the distinct strings of each column."""
     keys, names = np.zeros(len(dataset), dtype=np.int64), []
-    for name in IDS:
+    for name in DIALOGUE_IDS:
         codes, strings = _codes(dataset, name)
         keys = keys * max(len(strings), 1) + codes
         names.append(strings)
@@ -195,7 +196,7 @@ def _keys(dataset: Dataset) -> tuple[np.ndarray, list[list]]:
 
 
 def _key_of(key: int, names: list[list]) -> tuple:
-    """(corpus, split, dialogue_id) of a number of `_keys`."""
+    """The (corpus, split, dialogue_id) of a key of `_keys`."""
     parts = []
     for strings in reversed(names):
         key, place = divmod(int(key), len(strings))
@@ -223,16 +224,16 @@ def _starts(dataset: Dataset) -> np.ndarray:
 
 def check_splits(datasets: Mapping[str, Dataset]) -> None:
     """
-    Refuses splits that share a dialogue, such as those of a shuffled data set that was split by rows.
+    Check that no dialogue is in two splits, as happens when a shuffled dataset is split by rows.
 
-    The same `dialogue_id` in two splits is two dialogues where the column `split` says so: the ids of some corpora
-    start again in each split.
+    Rows with equal `dialogue_id` but different values in the column `split` belong to different dialogues, because the
+    ids of some corpora start again in each split.
 
     Args:
-        datasets: rows of the schema by the name of their split, as `load_dataset` gives them.
+        datasets: maps the name of each split to its schema rows, as `load_dataset` returns them.
 
     Raises:
-        ValueError: names the dialogue and both splits.
+        ValueError: if two splits share a dialogue; the message names the dialogue and both splits.
     """
     seen: dict[tuple, str] = {}
     for split, dataset in datasets.items():
@@ -242,7 +243,7 @@ def check_splits(datasets: Mapping[str, Dataset]) -> None:
             other = seen.setdefault(dialogue, split)
             if other != split:
                 raise ValueError(
-                    f'Dialogue {dialogue} is in "{other}" and in "{split}": what is tested on would be trained on. '
+                    f'Dialogue {dialogue} is in "{other}" and in "{split}": test data would leak into training. '
                     "Split the data by dialogues, as `empathic prepare` does."
                 )
 
@@ -253,10 +254,10 @@ def _turns(dataset: Dataset, start: int, end: int) -> list[Row]:
 
 
 class EmotionClips:
-    """`emotion_clips` by their number, for a data loader: `len(clips)`, `clips[i]`.
+    """Map-style dataset of the items of `emotion_clips`: `len(clips)`, `clips[i]`.
 
     Args:
-        dataset: rows of the schema.
+        dataset: schema rows.
     """
 
     def __init__(self, dataset: Dataset):
@@ -272,10 +273,10 @@ class EmotionClips:
 
 
 class Utterances:
-    """`utterances` by their number: `len(utterances)`, `utterances[i]`.
+    """Map-style dataset of the items of `utterances`: `len(utterances)`, `utterances[i]`.
 
     Args:
-        dataset: rows of the schema; it needs no columns of media.
+        dataset: schema rows; the media columns are not needed.
     """
 
     def __init__(self, dataset: Dataset):
@@ -290,17 +291,17 @@ class Utterances:
 
 
 class Conversations:
-    """`conversations` by their number: `len(conversations)`, `conversations[i]`.
+    """Map-style dataset of the items of `conversations`: `len(conversations)`, `conversations[i]`.
 
     Args:
-        dataset: rows of the schema, the turns of a dialogue together and in order; it needs no columns of media.
+        dataset: schema rows, with the turns of each dialogue contiguous and in order; the media columns are not needed.
 
     Raises:
-        ValueError: for turns that are scattered, out of order or missing.
+        ValueError: if the turns of a dialogue are not contiguous, not in order or not complete.
     """
 
     def __init__(self, dataset: Dataset):
-        self.texts = dataset.select_columns([*IDS, *SPOKEN]).with_format(None)
+        self.texts = dataset.select_columns([*DIALOGUE_IDS, *SPOKEN]).with_format(None)
         starts = _starts(dataset)
         self.places = np.stack([starts, np.append(starts[1:], len(dataset))], axis=1) if len(starts) else starts
 
@@ -313,25 +314,26 @@ class Conversations:
 
 
 class DialogueSamples:
-    """`dialogue_samples` by their number, for a data loader: `len(samples)`, `samples[i]`.
+    """Map-style dataset of the items of `dialogue_samples`: `len(samples)`, `samples[i]`.
 
     An item reads the texts of its dialogue up to the reply, and the clip of one turn.
 
     Args:
-        dataset: rows of the schema, the turns of a dialogue together and in order.
-        speakers: whose replies; everybody's by default.
+        dataset: schema rows, with the turns of each dialogue contiguous and in order.
+        speakers: speakers whose replies are used; all speakers by default.
 
     Raises:
-        ValueError: for turns that are scattered, out of order or missing, or if none of `speakers` replies to anyone.
+        ValueError: if the turns of a dialogue are not contiguous, not in order or not complete, or if none of
+            `speakers` replies to anyone.
     """
 
     def __init__(self, dataset: Dataset, speakers: Sequence[str] | None = None):
         self.dataset = dataset.with_format(None)
-        self.texts = self.dataset.remove_columns(["audio", "video"])  # no media is read for the history
+        self.texts = self.dataset.remove_columns(["audio", "video"])  # the history needs no media
         starts = _starts(dataset)
-        first = np.repeat(starts, np.diff(starts, append=len(dataset)))  # of each row, where its dialogue starts
+        first = np.repeat(starts, np.diff(starts, append=len(dataset)))  # first row of each row's dialogue
         codes, names = _codes(dataset, "speaker")
-        # As `is_reply`, for all rows at once.
+        # `is_reply`, vectorized over all rows.
         replies = says_something(dataset) & (np.diff(codes, prepend=codes[:1]) != 0)
         replies[starts] = False
         if speakers is not None:
@@ -340,7 +342,7 @@ class DialogueSamples:
         self.places = np.stack([first[rows], rows], axis=1)
         if speakers is not None and len(dataset) and not len(rows):
             known = sorted(names[code] for code in np.unique(codes))[:20]
-            raise ValueError(f"Nobody of {list(speakers)} replies in this data set; its speakers are {known}.")
+            raise ValueError(f"None of {list(speakers)} replies in this dataset; its speakers are {known}.")
 
     def __len__(self) -> int:
         return len(self.places)

@@ -1,4 +1,4 @@
-"""What all data sets share on their way out: parquet files and the card by which `datasets.load_dataset` finds them."""
+"""Write datasets: parquet files, report and the dataset card by which `datasets.load_dataset` finds the files."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import DatasetCardData
 
-from empathic.data_prep.corpus import CorpusInfo
-from empathic.data_prep.schema import row_features
+from .corpora.base import CorpusInfo
+from .schema import row_features
 
-# A row group is what a reader holds at once: closed at this many rows, or bytes of embedded media, whichever is first.
+# A reader loads one row group at a time, so a group ends at this number of rows or of bytes of embedded media.
 GROUP_ROWS = 1000
 GROUP_BYTES = 64 * 2**20
-# What `{split}-00000-of-00001-{digest}.parquet` ends on.
+# The end of the name `{split}-00000-of-00001-{digest}.parquet`.
 SHARD = re.compile(r"-\d{5}-of-\d{5}-([0-9a-f]{16})\.parquet")
 SPLIT_ORDER = ("train", "validation", "test")
 TASKS = ["audio-classification", "video-classification", "text-generation"]
 TAGS = ["emotion-recognition", "dialogue", "audio-visual", "empathic"]
 SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
-MOST_REASONS = 10  # of each kind in the card
+MOST_REASONS = 10  # kinds of reasons per section of the card
 
 
 # Parquet -------------------------------------------------------------------------------------------------------------
 
 
 def media_struct(path: str | os.PathLike, name: str, embed: bool) -> dict:
-    """The value of an `audio` or `video` column: the absolute path, or with `embed` the file's bytes under its name."""
+    """Make the value of an `audio` or `video` column: the absolute path or, with `embed`, the name and the bytes."""
     if embed:
         return {"path": name, "bytes": Path(path).read_bytes()}
     return {"path": os.path.abspath(path), "bytes": None}
@@ -51,13 +51,13 @@ def _groups(rows: Iterable[dict]) -> Iterator[list[dict]]:
 
 
 def file_digest(path: Path) -> str:
-    """Sixteen hexadecimal digits of the SHA-256 of a file."""
+    """The first 16 hexadecimal digits of the SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def write_rows(rows: Iterable[dict], path: Path) -> bool:
-    """Writes rows of the schema, held a row group at a time, as one parquet file; no file if there is no row."""
+    """Write schema rows to a parquet file, one row group at a time. Returns False and writes no file if empty."""
     schema = row_features().arrow_schema
     writer = None
     try:
@@ -71,7 +71,7 @@ def write_rows(rows: Iterable[dict], path: Path) -> bool:
 
 
 def find_shards(data: Path) -> dict[str, Path]:
-    """The published parquet files of a folder by the digest in their name."""
+    """Find the published parquet files of a folder: digest in the name -> path."""
     found = {}
     for path in data.glob("*.parquet"):
         match = SHARD.search(path.name)
@@ -82,13 +82,14 @@ def find_shards(data: Path) -> dict[str, Path]:
 
 def publish_shards(data: Path, shards: dict[str, list[tuple[Path, str]]]) -> dict[str, list[str]]:
     """
-    Gives finished parquet files the names `data/{split}-{i}-of-{n}-{digest}.parquet`.
+    Rename finished parquet files to `data/{split}-{i}-of-{n}-{digest}.parquet`.
 
-    A name carries a digest of its content, because `load_dataset` caches a folder by its name and its card: without it,
-    another data set of the same shape in a folder of the same name would be read from the cache.
+    The name has a digest of the content because `load_dataset` caches a folder by its name and its card: without the
+    digest, another dataset of the same shape in a folder of the same name would be read from the cache.
 
     Args:
-        shards: (where it lies, digest) of each file of a split, in order.
+        data: the folder `data`.
+        shards: split -> (current path, digest) of each file, in order.
 
     Returns:
         The file names of each split.
@@ -104,7 +105,7 @@ def publish_shards(data: Path, shards: dict[str, list[tuple[Path, str]]]) -> dic
 
 
 def remove_other_shards(data: Path, names: dict[str, list[str]]) -> None:
-    """Removes the parquet files of an earlier run. Last of all: a run that was interrupted leaves those whole."""
+    """Remove the parquet files of an earlier run. Call this last, so that an interrupted run leaves them complete."""
     kept = {name for files in names.values() for name in files}
     for path in data.glob("*-?????-of-?????*.parquet"):
         if path.name not in kept:
@@ -113,10 +114,10 @@ def remove_other_shards(data: Path, names: dict[str, list[str]]) -> None:
 
 def publish_parquet(data: Path, splits: list[str]) -> dict[str, str]:
     """
-    Gives the finished `data/{split}.part` files their names, and removes the parquet files of an earlier run.
+    Rename the finished `data/{split}.part` files and remove the parquet files of an earlier run.
 
     Returns:
-        The file name of each split; nothing is removed if there is none.
+        The file name of each split. If `splits` is empty, nothing is removed.
     """
     parts = {split: data / f"{split}.part" for split in splits}
     names = publish_shards(data, {split: [(path, file_digest(path))] for split, path in parts.items()})
@@ -129,13 +130,13 @@ def publish_parquet(data: Path, splits: list[str]) -> dict[str, str]:
 
 
 def to_json(content) -> str:
-    """As report.json is written."""
+    """Serialize content in the format of report.json."""
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def replace_file(path: Path, text: str, work: Path) -> bool:
-    """Writes a file at once or not at all; one that holds the text already is not touched. Returns if it was written.
-    Half of a surrogate pair (a file name that is not UTF-8) is written as its escape."""
+    """Write a file atomically unless it already has this content; returns whether it was written. Lone surrogates (from
+    file names that are not UTF-8) are escaped."""
     data = text.encode("utf-8", "backslashreplace")
     if path.is_file() and path.read_bytes() == data:
         return False
@@ -147,7 +148,7 @@ def replace_file(path: Path, text: str, work: Path) -> bool:
 
 
 def add_counts(counts: dict, more: dict) -> None:
-    """Adds counts, nested alike, to `counts`."""
+    """Add nested counts to `counts`, in place."""
     for key, value in more.items():
         if isinstance(value, dict):
             add_counts(counts.setdefault(key, {}), value)
@@ -156,7 +157,7 @@ def add_counts(counts: dict, more: dict) -> None:
 
 
 def beside_published(about: CorpusInfo, splits: dict[str, dict]) -> dict:
-    """The published counts beside those of this run; differences are listed."""
+    """Compare the published counts with those of this run and list the differences."""
     everything: dict = {}
     for counts in splits.values():
         add_counts(everything, counts)
@@ -175,18 +176,18 @@ def beside_published(about: CorpusInfo, splits: dict[str, dict]) -> dict:
 
 
 def sorted_splits(splits: Iterable[str]) -> list[str]:
-    """Train, validation and test first, then the names of the corpus's own."""
+    """Sort split names: train, validation and test first, then the corpus's own names."""
     order = {name: place for place, name in enumerate(SPLIT_ORDER)}
     return sorted(splits, key=lambda name: (order.get(name, len(order)), name))
 
 
 def card_header(names: dict[str, str | list[str]], **metadata) -> str:
     """
-    The card's YAML metadata, by which `load_dataset` finds the files of each split.
+    The YAML metadata of a dataset card, by which `load_dataset` finds the files of each split.
 
     Args:
-        names: the file name of each split in `data/`, or several.
-        metadata: more of it, such as `license`.
+        names: split -> file name in `data/`, or a list of file names.
+        metadata: further metadata, such as `license`.
     """
     files = []
     for split, found in names.items():
@@ -197,7 +198,7 @@ def card_header(names: dict[str, str | list[str]], **metadata) -> str:
 
 
 def kind_of(entry: dict) -> str:
-    """The reason of an entry of the report without what is the entry's own: names of files, quotations and numbers."""
+    """The kind of a report entry: its reason with file names, quotations and numbers replaced by placeholders."""
     reason = re.sub(r"^(?:[^\s:]*[/.][^:]*|" + re.escape(entry["item"]) + r"): ", "", entry["reason"])
     reason = re.sub(r"\"[^\"]*\"|'[^']*'|“[^”]*”|\[[^\]]*\]", "…", reason)
     reason = re.sub(r"\S*/\S*|\S+\.(?:mp4|avi|flv|wav|mp3|mkv|csv|txt|jsonl|zip|gz)\b", "…", reason)
@@ -205,7 +206,7 @@ def kind_of(entry: dict) -> str:
 
 
 def grouped(entries: list[dict]) -> list[tuple[str, list[dict]]]:
-    """Entries of the report by the kind of their reason, the most frequent kind first."""
+    """Group report entries by the kind of their reason, the most frequent kind first."""
     kinds: dict[str, list[dict]] = {}
     for entry in entries:
         kinds.setdefault(kind_of(entry), []).append(entry)
@@ -213,12 +214,12 @@ def grouped(entries: list[dict]) -> list[tuple[str, list[dict]]]:
 
 
 def _plain(text: str) -> str:
-    """Text that means nothing to Markdown inside a line or a cell of a table."""
+    """Escape Markdown syntax in a text and put it on one line, for a list item or a table cell."""
     return re.sub(r"([|<>`*_\[\]])", r"\\\1", " ".join(text.split()))
 
 
 def _count_table(report: dict) -> str:
-    """Every count of each split, and what the corpus's authors published beside it."""
+    """The table of all counts per split, with the published counts where they differ."""
     published = report["published"]["splits"]
     splits = sorted_splits(report["splits"])
     shown = splits + [name for name in sorted_splits(published) if name not in splits]
@@ -245,13 +246,13 @@ def _count_table(report: dict) -> str:
 
 
 def _reasons(report: dict) -> str:
-    """What was left out, repaired and so on, by kind."""
+    """The lists of reasons why items were left out, repaired, without media or ignored, by kind."""
     text = ""
     for key, title in (
         ("left_out", "Left out"),
-        ("without_media", "Without a clip that they should have"),
+        ("without_media", "Rows with a missing clip"),
         ("repaired", "Repaired"),
-        ("ignored", "Files and lines that are no row"),
+        ("ignored", "Ignored files and lines"),
     ):
         kinds = grouped(report[key])
         if not kinds:
@@ -265,12 +266,13 @@ def _reasons(report: dict) -> str:
 
 def corpus_card(about: CorpusInfo, report: dict, names: dict[str, list[str]], embed: bool) -> str:
     """
-    The card of a prepared corpus, README.md.
+    The dataset card (README.md) of a prepared corpus.
 
     Args:
+        about: facts about the corpus.
         report: the content of report.json.
         names: the parquet files of each split.
-        embed: whether they hold the media themselves.
+        embed: whether the parquet files contain the media.
     """
     size = next((size for limit, size in SIZES if report["rows"] < limit), "n>10M")
     header = card_header(
@@ -282,13 +284,13 @@ def corpus_card(about: CorpusInfo, report: dict, names: dict[str, list[str]], em
         size_categories=[size],
     )
     if embed:
-        media = "The bytes of the clips are in the data set; it needs no other file."
+        media = "The dataset contains the clips and needs no other file."
     else:
-        media = "The clips are given by their absolute paths: they have to stay where they are."
-    published = "" if not about.published else "\nWhere a count differs, the published one is beside it.\n"
+        media = "The clips are stored by absolute path and must not be moved."
+    published = "" if not about.published else "\nWhere a count differs from the published count, both are shown.\n"
     licence = about.license_note
     if not about.redistributable:
-        licence += " It does not allow to publish the clips: keep this data set private."
+        licence += " The license does not allow publishing the clips: keep this dataset private."
     homepage = f"\nSource: {about.homepage}\n" if about.homepage else ""
     return f"""{header}
 # {about.title}
@@ -304,7 +306,7 @@ turns = load_dataset("path/of/this/folder")
 ```
 
 One row is one turn of a conversation: `corpus, split, dialogue_id, turn, utterance_id, speaker, text, emotion, audio,
-video, start, end`. `audio` and `video` hold the path or the bytes of the clip of exactly that turn, or null. {media}
+video, start, end`. `audio` and `video` contain the path or the bytes of the clip of exactly that turn, or null. {media}
 
 ## Counts
 
@@ -312,11 +314,11 @@ video, start, end`. `audio` and `video` hold the path or the bytes of the clip o
 {published}
 Found: {report["found"]:,} rows. Written: {report["rows"]:,}. Left out: {len(report["left_out"]):,}.
 
-## What was left out or changed
+## Items left out or changed
 
-`report.json` names each item, and why.
+`report.json` lists each item with the reason.
 {_reasons(report)}
-## Licence
+## License
 
 {licence}
 """

@@ -1,1 +1,1 @@
-"""The web page on which people talk to the model, and the files of a Space. Only `app` needs Gradio."""
+"""The web page for talking to the model, and the files of a Space. Only `app` and `serving` need Gradio."""

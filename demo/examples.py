@@ -1,38 +1,40 @@
-"""Example conversations from recordings in the form that `empathic prepare folder` takes."""
+"""Example conversations, read from recordings in the format of `empathic prepare folder`."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from empathic.demo.session import Answer, Conversation, Turn
+from .session import ShownConversation, ShownReply, ShownTurn, whole_characters
 
 
 @dataclass(frozen=True)
 class Example:
-    """What was said before, and the next thing to say: its text and its clip."""
+    """A conversation, and the text and clip of the next turn."""
 
     name: str
-    conversation: Conversation
+    conversation: ShownConversation
     text: str
     clip: Path
 
 
 def read_examples(folder: str | Path, count: int = 6) -> list[Example]:
     """
-    Conversations with clips, the first `count` of the split `test`, or of all where there is none.
+    Read the first `count` conversations with clips from the split `test`, or from all rows if there is no such split.
 
     Args:
-        folder: with a `metadata.jsonl` of turns by `user` and `assistant`, such as quickstart's `recordings`.
+        folder: folder whose `metadata.jsonl` has turns of `user` and `assistant`, such as quickstart's `recordings`.
+        count: maximum number of conversations.
 
     Raises:
-        ValueError: for a folder without such conversations.
+        ValueError: if the folder has no such conversations.
     """
     folder = Path(folder)
     try:
         lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: holds no examples ({error}). Give quickstart's folder `recordings`.") from None
+        raise ValueError(f"{folder} has no examples ({error}). Give quickstart's folder `recordings`.") from None
+    rows = [{**row, "text": whole_characters(str(row.get("text", "")))} for row in rows]
     rows = [row for row in rows if row.get("split") == "test"] or rows
     dialogues: dict[str, list[dict]] = {}
     for row in rows:
@@ -45,12 +47,12 @@ def read_examples(folder: str | Path, count: int = 6) -> list[Example]:
         if len(examples) == count:
             break
     if not examples:
-        raise ValueError(f"{folder}: holds no conversation of user and assistant with clips.")
+        raise ValueError(f"{folder} has no conversation of user and assistant with clips.")
     return examples
 
 
 def _example(folder: Path, rows: list[dict]) -> Example | None:
-    """Up to the last clip of the user; None for a conversation of another form."""
+    """The conversation up to the user's last clip; None if the rows have another form."""
     speakers = [row["speaker"] for row in rows]
     if speakers != [("user", "assistant")[place % 2] for place in range(len(rows))]:
         return None
@@ -58,6 +60,9 @@ def _example(folder: Path, rows: list[dict]) -> Example | None:
     if last is None or not (folder / rows[last]["video"]).is_file():
         return None
     turns = [
-        Turn(rows[i]["text"], answers=(Answer("from the example", rows[i + 1]["text"]),)) for i in range(0, last, 2)
+        ShownTurn(rows[i]["text"], answers=(ShownReply("from the example", rows[i + 1]["text"]),))
+        for i in range(0, last, 2)
     ]
-    return Example(rows[last]["text"], Conversation(tuple(turns)), rows[last]["text"], folder / rows[last]["video"])
+    return Example(
+        rows[last]["text"], ShownConversation(tuple(turns)), rows[last]["text"], folder / rows[last]["video"]
+    )

@@ -1,11 +1,11 @@
-"""Turns as HTML. Whatever visitors and models write is shown as the text that it is."""
+"""Render turns as HTML. Text from visitors and models is untrusted and always escaped."""
 
 import html
 
-from empathic.demo.session import Answer, Conversation, Turn
+from .session import ShownConversation, ShownReply, ShownTurn
 
-SHOWN = {(): "", ("audio",): "with voice", ("video",): "with face", ("audio", "video"): "with voice and face"}
-# Gradio fills templates in HTML: these may not stand in it.
+SHOWN_REPLIES = {(): "", ("audio",): "with voice", ("video",): "with face", ("audio", "video"): "with voice and face"}
+# Gradio treats HTML values as templates, so these characters must be escaped.
 TEMPLATE_CHARACTERS = str.maketrans({"{": "&#123;", "}": "&#125;", "$": "&#36;", "`": "&#96;"})
 WELCOME = (
     '<p class="empty">Say something: write it, record your voice, or add a webcam clip or a file. '
@@ -14,25 +14,25 @@ WELCOME = (
 
 
 def plain(text: str) -> str:
-    """A text that means nothing but itself in HTML."""
+    """Escape a text for HTML and for Gradio's templates."""
     return html.escape(text).translate(TEMPLATE_CHARACTERS)
 
 
-def render_conversation(conversation: Conversation) -> str:
-    """All finished turns."""
+def render_conversation(conversation: ShownConversation) -> str:
+    """Render all finished turns."""
     return "".join(render_turn(turn) for turn in conversation.turns) or WELCOME
 
 
-def render_turn(turn: Turn, writing: bool = False) -> str:
+def render_turn(turn: ShownTurn, writing: bool = False) -> str:
     """
-    What was said, beside it what was read from it and what it cost, and below the answers.
+    Render a turn: what the visitor said, the recognized emotion and the cost beside it, and the answers below.
 
     Args:
         turn: the turn.
-        writing: whether it is still being answered.
+        writing: whether the turn is still being answered.
     """
     text = f"<p>{plain(turn.text)}</p>" if turn.text else ""
-    shown = f'<p class="shown">{SHOWN[turn.shown]}</p>' if turn.shown else ""
+    shown = f'<p class="shown">{SHOWN_REPLIES[turn.shown]}</p>' if turn.shown else ""
     first = turn.answers[0] if turn.answers else None
     aside = _emotions(turn) + _cost(turn, first)
     compared = len(turn.answers) > 1
@@ -46,7 +46,7 @@ def render_turn(turn: Turn, writing: bool = False) -> str:
 
 
 def render_notice(message: str, error: bool = False) -> str:
-    """A message to the visitor; empty for none."""
+    """Render a message to the visitor; an empty message gives an empty string."""
     if not message:
         return ""
     kind, role = ("error", "alert") if error else ("info", "status")
@@ -57,7 +57,7 @@ def _percent(value: float) -> str:
     return f"{100 * value:.0f} %"
 
 
-def _emotions(turn: Turn) -> str:
+def _emotions(turn: ShownTurn) -> str:
     if turn.emotions is None:
         return ""
     best = max(turn.emotions, key=turn.emotions.get)
@@ -67,10 +67,10 @@ def _emotions(turn: Turn) -> str:
         f'<span class="value">{_percent(value)}</span></li>'
         for name, value in turn.emotions.items()
     )
-    return f'<p class="emotion">recognised: <b>{best}</b></p><ul class="bars">{rows}</ul>'
+    return f'<p class="emotion">recognized: <b>{best}</b></p><ul class="bars">{rows}</ul>'
 
 
-def _cost(turn: Turn, first: Answer | None) -> str:
+def _cost(turn: ShownTurn, first: ShownReply | None) -> str:
     if first is None or first.seconds is None:
         return ""
     tokens, vectors = first.history_tokens, first.memory_vectors
@@ -87,7 +87,7 @@ def _cost(turn: Turn, first: Answer | None) -> str:
     return f'<p class="cost">{history}<br>{seconds}</p>'
 
 
-def _answer(answer: Answer, compared: bool, writing: bool) -> str:
+def _answer(answer: ShownReply, compared: bool, writing: bool) -> str:
     label = f'<p class="label">{plain(answer.label)}</p>' if compared else ""
     seconds = f" · {answer.seconds:.2f} s" if compared and answer.seconds is not None else ""
     label = label.replace("</p>", f"{seconds}</p>")

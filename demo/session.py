@@ -1,11 +1,12 @@
 """
-What a visitor's conversation is, and how a turn of it is answered. Nothing here knows of the page.
+Visitors' conversations and how their turns are answered, independent of the page.
 
-A `Conversation` is a plain record and all that a page or a program keeps of it. What the model needs beside it (the
-memory of a `ChatSession`) is made from the record, and kept between turns only to save time.
+A `ShownConversation` is a plain record, and the only state that a page or a program must keep. The model also needs the
+memory of a `ChatSession`: it is rebuilt from the record, and cached between turns only to save time.
 """
 
 import json
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -13,36 +14,37 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 
-from empathic.chat import ChatSession
-from empathic.configuration_empathic import EMOTIONS
-from empathic.demo.emotions import name_emotion
+from ..chat import ChatSession
+from ..configuration_empathic import EMOTIONS
+from ..emotions import name_emotion
 
 VERSION = 1
 MAX_TURNS = 200
 MAX_REPLY = 20_000  # characters
+LARGEST_NUMBER = 2**31  # of seconds, vectors or tokens; JSON for browsers has no integers over 64 bits
 WITHOUT_MEDIA, WITHOUT_MEMORY, OTHER = "without_media", "without_memory", "other"
-# A greedy reply would be the same again.
+# Generation options for another reply to the same turn: greedy decoding would repeat the first reply.
 ANOTHER = {"do_sample": True, "temperature": 1.0, "top_p": 0.95}
 
 
 class ConversationError(ValueError):
-    """Why a turn or a saved conversation cannot be taken, in words for the visitor."""
+    """A turn or a saved conversation is invalid. The message is for the visitor."""
 
 
 class Stopped(Exception):
-    """The visitor has stopped the turn; it is forgotten."""
+    """The visitor stopped the turn; it is discarded."""
 
 
 @dataclass(frozen=True)
-class Answer:
+class ShownReply:
     """
-    One reply to a turn.
+    A reply to a turn.
 
     Attributes:
-        label: who gave it and from what.
-        text: the reply, or what is there of it.
-        seconds: what it took; None while it is written, and for replies that were not given here.
-        memory_vectors, history_tokens: what the history took in the prompt, and what it would take as text.
+        label: the model and its inputs, as shown on the page.
+        text: the reply, or its beginning while it is generated.
+        seconds: duration of the reply; None while it is generated, and for replies of an example.
+        memory_vectors, history_tokens: length of the history in the prompt as memory vectors, and its length as text.
     """
 
     label: str
@@ -53,41 +55,41 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Turn:
+class ShownTurn:
     """
-    What a visitor said and what was answered.
+    A visitor's turn and the answers to it.
 
     Attributes:
-        text: of the visitor.
-        shown: of `audio` and `video`, what came with it.
-        emotions: the probability of each emotion; None where there is nothing to tell it from.
-        emotion_seconds: what naming it took.
-        answers: the conversation goes on from the first; the others are there to compare.
+        text: the visitor's text.
+        shown: kinds of the turn's clips: `audio`, `video` or both.
+        emotions: the probability of each emotion; None if the model had no input to name the emotion from.
+        emotion_seconds: duration of the emotion recognition.
+        answers: the conversation continues from the first answer; the other answers are for comparison.
     """
 
     text: str
     shown: tuple[str, ...] = ()
     emotions: dict[str, float] | None = None
     emotion_seconds: float | None = None
-    answers: tuple[Answer, ...] = ()
+    answers: tuple[ShownReply, ...] = ()
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """The turns so far. It is never changed: a turn makes a new one."""
+class ShownConversation:
+    """The turns so far. A conversation is immutable: each turn creates a new `ShownConversation`."""
 
-    turns: tuple[Turn, ...] = ()
+    turns: tuple[ShownTurn, ...] = ()
 
-    def plus(self, turn: Turn) -> "Conversation":
-        """With one more turn."""
-        return Conversation((*self.turns, turn))
+    def plus(self, turn: ShownTurn) -> "ShownConversation":
+        """Return the conversation with a further turn."""
+        return ShownConversation((*self.turns, turn))
 
-    def without_last(self) -> "Conversation":
-        """Without the last turn."""
-        return Conversation(self.turns[:-1])
+    def without_last(self) -> "ShownConversation":
+        """Return the conversation without the last turn."""
+        return ShownConversation(self.turns[:-1])
 
     def messages(self) -> list[dict]:
-        """As `ChatSession.remember` takes it."""
+        """Return the messages for `ChatSession.remember`."""
         said = [(turn.text, turn.answers[0].text) for turn in self.turns]
         return [
             {"role": role, "content": text}
@@ -96,74 +98,85 @@ class Conversation:
         ]
 
     def record(self) -> dict:
-        """As plain values, which `from_record` takes back. Clips are no part of it."""
+        """Return the conversation as plain values for `from_record`. Clips are not included."""
         return {"empathic_conversation": VERSION, "turns": [asdict(turn) for turn in self.turns]}
 
     def to_json(self) -> str:
-        """The file of a saved conversation."""
+        """Return the content of a conversation file."""
         return json.dumps(self.record(), ensure_ascii=False, indent=1)
 
     @classmethod
-    def from_json(cls, content: str | bytes) -> "Conversation":
+    def from_json(cls, content: str | bytes) -> "ShownConversation":
         """
-        Reads a saved conversation.
+        Parse a conversation file.
 
         Raises:
-            ConversationError: for another file.
+            ConversationError: if the content is not a saved conversation.
         """
         try:
             record = json.loads(content)
         except (ValueError, RecursionError):
-            raise ConversationError("This file is no saved conversation: it is not JSON.") from None
+            raise ConversationError("This file is not a saved conversation: it is not JSON.") from None
         return cls.from_record(record)
 
     @classmethod
-    def from_record(cls, record: dict) -> "Conversation":
+    def from_record(cls, record: dict) -> "ShownConversation":
         """
-        Takes back what `record` gave; whatever else is in it is refused.
+        Convert the result of `record` back into a conversation. The record is untrusted and is validated.
 
         Raises:
-            ConversationError: for anything else.
+            ConversationError: if the record is invalid.
         """
         if not isinstance(record, dict) or record.get("empathic_conversation") != VERSION:
-            raise ConversationError("This is no saved conversation of this page.")
+            raise ConversationError("This is not a conversation saved by this page.")
         turns = record.get("turns")
         if not isinstance(turns, list) or len(turns) > MAX_TURNS:
-            raise ConversationError(f"A saved conversation holds a list of at most {MAX_TURNS} turns.")
+            raise ConversationError(f"A saved conversation must have a list of at most {MAX_TURNS} turns.")
         try:
             return cls(tuple(_turn(turn) for turn in turns))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise ConversationError("This saved conversation is damaged.") from None
 
 
+def whole_characters(text: str) -> str:
+    """Replace lone surrogates (half of an emoji, which JSON can hold) with U+FFFD: no response can contain them."""
+    return re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
+
+
 def _text(value) -> str:
     if not isinstance(value, str) or len(value) > MAX_REPLY:
-        raise ValueError("not a text of this page")
+        raise ValueError("not a text, or too long")
+    return whole_characters(value)
+
+
+def _number(value: float) -> float:
+    if not 0 <= value <= LARGEST_NUMBER:  # also refuses NaN
+        raise ValueError("not a time or a count")
     return value
 
 
 def _seconds(value) -> float | None:
-    return None if value is None else float(value)
+    return None if value is None else _number(float(value))
 
 
-def _turn(record: dict) -> Turn:
+def _turn(record: dict) -> ShownTurn:
     emotions, answers = record["emotions"], record["answers"]
     if emotions is not None:
         emotions = {name: min(1.0, max(0.0, float(emotions[name]))) for name in EMOTIONS}
     if not 1 <= len(answers) <= 4:
-        raise ValueError("a turn has one to four answers")
-    return Turn(
+        raise ValueError("a turn must have one to four answers")
+    return ShownTurn(
         text=_text(record["text"]),
         shown=tuple(kind for kind in ("audio", "video") if kind in record["shown"]),
         emotions=emotions,
         emotion_seconds=_seconds(record["emotion_seconds"]),
         answers=tuple(
-            Answer(
+            ShownReply(
                 label=_text(answer["label"]),
                 text=_text(answer["text"]),
                 seconds=_seconds(answer["seconds"]),
-                memory_vectors=int(answer["memory_vectors"]),
-                history_tokens=int(answer["history_tokens"]),
+                memory_vectors=_number(int(answer["memory_vectors"])),
+                history_tokens=_number(int(answer["history_tokens"])),
             )
             for answer in answers
         ),
@@ -171,20 +184,20 @@ def _turn(record: dict) -> Turn:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A model, its processor and what it is called on the page."""
+class NamedModel:
+    """A model with its processor and its name on the page."""
 
     name: str
     model: object
     processor: object
 
     @classmethod
-    def from_pretrained(cls, place: str, device: str | None = None) -> "Checkpoint":
-        """Loads a folder or a Hub id for inference; by default onto the GPU where there is one."""
+    def from_pretrained(cls, place: str, device: str | None = None) -> "NamedModel":
+        """Load a folder or a Hub id for inference, by default on a GPU if there is one."""
         import torch
 
-        from empathic.modeling_empathic import EmpathicForConditionalGeneration
-        from empathic.processing_empathic import EmpathicProcessor
+        from ..modeling_empathic import EmpathicForConditionalGeneration
+        from ..processing_empathic import EmpathicProcessor
 
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = EmpathicForConditionalGeneration.from_pretrained(place, dtype="auto").eval().to(device)
@@ -193,30 +206,31 @@ class Checkpoint:
 
 @dataclass
 class Visitor:
-    """What is kept for a visitor beside the record. All of it can be lost without harm to the conversation."""
+    """Cached state of a visitor. The conversation can continue without it."""
 
-    sessions: dict[int, ChatSession] = field(default_factory=dict)  # by checkpoint
-    last: tuple[Turn, dict] | None = None  # the last turn and its clips, decoded, for another try
+    sessions: dict[int, ChatSession] = field(default_factory=dict)  # index of the checkpoint -> session
+    last: tuple[ShownTurn, dict] | None = None  # the last turn and its decoded clips, for a retry
     stopped: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Chatbot:
     """
-    Answers the turns of many visitors, each apart from the others.
+    Answers the turns of many visitors, without shared state between visitors.
 
     Args:
-        checkpoint: who answers.
-        other: a second one to compare with, such as the model before EPO.
-        max_new_tokens: length of a reply at most.
+        checkpoint: the checkpoint that answers.
+        other: a second checkpoint to compare with, such as the model before EPO.
+        max_new_tokens: maximum length of a reply.
         max_memories: see `ChatSession`.
-        kept_visitors: for how many visitors the memory is kept between turns; the one that was quiet for longest goes.
+        kept_visitors: maximum number of visitors whose state is cached between turns; the least recently active visitor
+            is evicted first.
     """
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
-        other: Checkpoint | None = None,
+        checkpoint: NamedModel,
+        other: NamedModel | None = None,
         max_new_tokens: int = 128,
         max_memories: int | None = None,
         kept_visitors: int = 32,
@@ -228,7 +242,7 @@ class Chatbot:
 
     @property
     def comparisons(self) -> dict[str, str]:
-        """What a reply can be compared with, and what that is called."""
+        """The possible comparisons: key -> label on the page."""
         name = self.checkpoints[0].name
         names = {WITHOUT_MEDIA: f"{name}, without voice and face", WITHOUT_MEMORY: f"{name}, without memory"}
         if len(self.checkpoints) > 1:
@@ -237,27 +251,27 @@ class Chatbot:
 
     @property
     def visitors(self) -> list[str]:
-        """For whom something is kept."""
+        """The keys of all visitors with cached state."""
         return list(self._visitors)
 
     def stop(self, visitor: str) -> None:
-        """Stops the turn that is being answered for a visitor, if any, at the next token."""
+        """Stop the turn that is being answered for a visitor, if any, at the next token."""
         with self._lock:
             if visitor in self._visitors:
                 self._visitors[visitor].stopped.set()
 
     def forget(self, visitor: str) -> None:
-        """Stops, and frees what is kept for a visitor."""
+        """Stop the visitor's turn and delete the visitor's state."""
         self.stop(visitor)
         with self._lock:
             self._visitors.pop(visitor, None)
 
-    def clips_of_last(self, visitor: str, conversation: Conversation) -> dict[str, dict]:
+    def clips_of_last(self, visitor: str, conversation: ShownConversation) -> dict[str, dict]:
         """
-        The clips of a conversation's last turn, to try it again.
+        Return the clips of a conversation's last turn, for a retry.
 
         Raises:
-            ConversationError: where there is no turn, or its clips are not there any more.
+            ConversationError: if there is no turn, or its clips are no longer kept.
         """
         if not conversation.turns:
             raise ConversationError("There is no turn yet.")
@@ -267,42 +281,42 @@ class Chatbot:
             return last[1]
         if turn.shown:
             raise ConversationError(
-                "The clip of your last turn is not kept any more. Edit the turn: give the clip again, or send only "
-                "the text."
+                "The clip of your last turn is no longer kept. Edit the turn: add the clip again, or send only text."
             )
         return {}
 
     def turn(
         self,
         visitor: str,
-        conversation: Conversation,
+        conversation: ShownConversation,
         text: str,
         clips: dict[str, dict] | None = None,
         compare: Sequence[str] = (),
         another: bool = False,
         memory: bool = True,
-    ) -> Iterator[Turn]:
+    ) -> Iterator[ShownTurn]:
         """
-        Answers one turn: gives it again and again as it grows. The last one is whole; add that to the conversation.
+        Answer a turn: yield its successive states while the answers are generated. The last state is complete; add it
+        to the conversation.
 
         Args:
-            visitor: whoever has a key of their own shares nothing with others.
-            conversation: what was said before.
-            text: of the visitor; may be empty beside a clip.
+            visitor: key of the visitor; visitors with different keys share no state.
+            conversation: the conversation before this turn.
+            text: the visitor's text; may be empty if there is a clip.
             clips: content items by kind, see `uploads.read_upload`.
-            compare: keys of `comparisons`: what else answers the same turn after the same history.
-            another: draws a reply instead of the likeliest one.
-            memory: False answers the turn as if it were the first.
+            compare: keys of `comparisons`: further answers to the same turn after the same history.
+            another: sample the reply instead of decoding greedily.
+            memory: False answers the turn without the history.
 
         Raises:
-            ConversationError: for an empty turn, or where the visitor's turn before is not done yet.
-            Stopped: where the visitor has stopped it. After any error the visitor's memory is as it was.
+            ConversationError: if the turn is empty, or the visitor's previous turn is still being answered.
+            Stopped: if the visitor stopped the turn. After any error the visitor's memory is unchanged.
         """
-        clips, text = clips or {}, text.strip()
+        clips, text = clips or {}, whole_characters(text).strip()
         if not text and not clips:
-            raise ConversationError("Say something first: write a text, or add a voice or a clip.")
+            raise ConversationError("Say something first: write a text, or add a voice recording or a clip.")
         if len(conversation.turns) >= MAX_TURNS:
-            raise ConversationError(f"{MAX_TURNS} turns are the most here. Save the conversation and start a new one.")
+            raise ConversationError(f"The limit is {MAX_TURNS} turns. Save the conversation and start a new one.")
         kept = self._visitor(visitor)
         if not kept.lock.acquire(blocking=False):
             raise ConversationError("Your last turn is still being answered: wait for it, or stop it.")
@@ -324,9 +338,9 @@ class Chatbot:
                 self._visitors.popitem(last=False)
             return visitor
 
-    def _answer(self, visitor, conversation, text, clips, compare, another, memory) -> Iterator[Turn]:
+    def _answer(self, visitor, conversation, text, clips, compare, another, memory) -> Iterator[ShownTurn]:
         messages = conversation.messages()
-        turn = Turn(text, tuple(kind for kind in ("audio", "video") if kind in clips))
+        turn = ShownTurn(text, tuple(kind for kind in ("audio", "video") if kind in clips))
         yield turn
         first = self.checkpoints[0]
         started = time.perf_counter()
@@ -350,10 +364,10 @@ class Chatbot:
             with closing(session.stream(text, **given, **options)) as pieces:
                 for piece in pieces:
                     written += piece
-                    turn = replace(before, answers=(*before.answers, Answer(label, written)))
+                    turn = replace(before, answers=(*before.answers, ShownReply(label, written)))
                     yield turn
             cost = session.last_turn
-            answer = Answer(label, written, cost.seconds, cost.memory_vectors, cost.history_text_tokens)
+            answer = ShownReply(label, written, cost.seconds, cost.memory_vectors, cost.history_text_tokens)
             before = turn = replace(before, answers=(*before.answers, answer))
         visitor.last = (turn, clips)
         yield turn
@@ -363,7 +377,7 @@ class Chatbot:
         return ChatSession(checkpoint.model, checkpoint.processor, max_memories=self.max_memories)
 
     def _session(self, visitor: Visitor, index: int, messages: list[dict]) -> ChatSession:
-        """A session that has read just these messages: the kept one as far as it goes, else a new one."""
+        """Return a session with exactly these messages: the cached session, extended if needed, or a new session."""
         session = visitor.sessions.get(index)
         if session is None or session.messages != messages[: len(session.messages)]:
             session = visitor.sessions[index] = self._new_session(index)

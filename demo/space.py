@@ -1,29 +1,39 @@
-"""The files of a Space of the Hub that shows the page."""
+"""The files of a Hub Space that serves the page."""
 
 from importlib.metadata import requires, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from empathic.demo.uploads import Limits
+from .uploads import Limits
 
 PACKAGE = Path(__file__).parents[1]
-# What the page needs of this package; it travels with the Space, which need not find it elsewhere.
-SOURCES = ("chat.py", "*_empathic.py", "chat_templates/*", "demo/*")
+# Files of this package that the page needs; they are copied into the Space, which does not install the package.
+SOURCES = (
+    "chat.py",
+    "clip_limits.py",
+    "emotions.py",
+    "hosts.py",
+    "sampling.py",
+    "thoughts.py",
+    "*_empathic.py",
+    "chat_templates/*",
+    "demo/*",
+)
 NOT_NEEDED = ("space.py",)
 
-APP = '''"""The page of the Space; made by `empathic push-space`."""
+APP = '''"""The page of the Space, written by `empathic push-space`."""
 
 from empathic.demo.app import Page
-from empathic.demo.session import Chatbot, Checkpoint
+from empathic.demo.session import Chatbot, NamedModel
 from empathic.demo.uploads import Limits
 
 MODEL = {model!r}
 COMPARE = {compare!r}
 
 chatbot = Chatbot(
-    Checkpoint.from_pretrained(MODEL),
-    None if COMPARE is None else Checkpoint.from_pretrained(COMPARE),
+    NamedModel.from_pretrained(MODEL),
+    None if COMPARE is None else NamedModel.from_pretrained(COMPARE),
     max_new_tokens={max_new_tokens},
 )
 page = Page(chatbot, Limits(megabytes={megabytes:g}, seconds={seconds:g}), concurrency={concurrency})
@@ -53,15 +63,16 @@ short_description: Talk to a chatbot with your face and voice
 
 # Talk to {model} with your face and voice
 
-The model reads what you write, your voice and your face, names the emotion that it recognises, and replies to it. What
-was said before costs it one memory vector an utterance.
+The model takes your text, your voice and your face, shows the emotion that it recognizes, and replies to it. Each
+earlier utterance takes only one memory vector in the prompt.
 
-Clips are read in a process of their own, bounded in size ({megabytes:g} MB) and length ({seconds:g} s), and deleted
-right after. Conversations are kept for the visit and half an hour, each visitor's apart from the others'.
+Clips are limited in size ({megabytes:g} MB) and length ({seconds:g} s), decoded in a separate process, and deleted
+right after. A conversation is kept during the visit and half an hour longer, separate from other visitors'
+conversations.
 
-If a model of this Space is private, add a token that may read it as the secret `HF_TOKEN` in the Space's settings.
+If a model of this Space is private, add a token with read access as the secret `HF_TOKEN` in the Space's settings.
 
-## From a program
+## Use from a program
 
 ```python
 from gradio_client import Client, handle_file
@@ -85,11 +96,11 @@ def space_files(
     max_new_tokens: int = 128,
 ) -> dict[str, bytes]:
     """
-    All files of a Space, by their path in it.
+    Return all files of a Space: path in the Space -> content.
 
     Args:
-        space, model, compare: ids on the Hub: of the Space, of the model and of a second one to compare with.
-        limits, concurrency, max_new_tokens: of the page.
+        space, model, compare: Hub ids of the Space, of the model and of a second model to compare with.
+        limits, concurrency, max_new_tokens: options of the page.
     """
     limits = limits or Limits()
     names = {"model": model, "compare": compare, "concurrency": concurrency, "max_new_tokens": max_new_tokens}
@@ -111,7 +122,7 @@ def space_files(
 
 
 def requirements() -> list[str]:
-    """What the page needs beside Gradio, which the Space's metadata names; peft is for models with adapters."""
+    """The page's requirements except Gradio, which is in the Space's metadata; models with adapters need peft."""
     found = [Requirement(line) for line in requires("empathic") or []]
     own = [line for line in found if line.marker is None]
     adapters = [line for line in found if line.name == "peft" and line.marker is not None]

@@ -1,15 +1,16 @@
 """
-Uploads of visitors: checked and decoded in a process of their own, so that no file can hang or fill the server.
+Check and decode visitors' uploads in a separate process, so that no file can hang the server or exhaust its memory.
 
-    python -m empathic.demo.uploads FILE OUT NUM_FRAMES MAX_SECONDS DECODE_SECONDS
+    python -m empathic.demo.uploads FILE NUM_FRAMES MAX_SECONDS DECODE_SECONDS
 
-is that process. It writes what the model takes of FILE (some frames, the sound at 16 kHz) to OUT, an npz file.
+is that process. It prints the model's inputs from FILE (some frames, the audio at 16 kHz) as an npz file, so that
+nothing is left on the disk if it is killed.
 """
 
+import io
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,29 +18,29 @@ from pathlib import Path
 
 import numpy as np
 
-from empathic.media_empathic import MediaError, _open, probe, read_audio, read_video
+from ..clip_limits import SAMPLING_RATE, read_clip
+from ..media_empathic import MediaError
 
-SAMPLING_RATE = 16000
-SHORTEST_SIDE = 512  # pixels of a kept frame, more than any encoder here looks at
-MEMORY = 4 << 30  # bytes of address space that decoding may take
-REFUSED = 3  # exit status: the message is on stdout
+SHORTEST_SIDE = 512  # pixels; frames are downscaled to it, still above the input size of our encoders
+MEMORY = 4 << 30  # limit of the decoding process's address space, in bytes
+REFUSED = 3  # exit status for a refused file: the message is on stdout
 
 
 class UploadError(ValueError):
-    """What is wrong with what a visitor sent, in words for the visitor."""
+    """An upload is invalid. The message is for the visitor."""
 
 
 @dataclass(frozen=True)
 class Limits:
     """
-    What a visitor may send in a turn.
+    Limits on what a visitor may send in a turn.
 
     Attributes:
-        megabytes: of a file.
-        seconds: of a clip.
-        characters: of a text.
-        decode_seconds: what reading a file may take.
-        upload_seconds: what sending a file may take.
+        megabytes: maximum size of a file.
+        seconds: maximum length of a clip.
+        characters: maximum length of a text.
+        decode_seconds: maximum time for decoding a file.
+        upload_seconds: maximum time for uploading a file.
     """
 
     megabytes: float = 32
@@ -49,30 +50,30 @@ class Limits:
     upload_seconds: float = 600
 
     def check_text(self, text: str) -> None:
-        """Raises `UploadError` for a text that is too long."""
+        """Raise an `UploadError` if a text is too long."""
         if len(text) > self.characters:
             raise UploadError(
-                f"Your text has {len(text):,} characters; {self.characters:,} are the most that fit in a turn. "
-                "Shorten it and send it again."
+                f"Your text has {len(text):,} characters; the limit is {self.characters:,}. Shorten it and send it "
+                "again."
             )
 
 
 def read_upload(path: str, kinds: Sequence[str], num_frames: int, limits: Limits) -> dict[str, dict]:
     """
-    What the model takes of a file.
+    Decode the model's inputs from a file.
 
     Args:
         path: the file.
-        kinds: `audio`, `video` or both: what is wanted of it.
-        num_frames: of the picture.
-        limits: what is allowed.
+        kinds: kinds of content to return: `audio`, `video` or both.
+        num_frames: number of video frames.
+        limits: limits that the file must meet.
 
     Returns:
-        content items of a message by their kind, decoded: `{"audio", "sampling_rate"}` and `{"video"}` with frames
-        (frames, height, width, 3) uint8. A kind that the file does not hold is absent.
+        decoded content items of a message by their kind: `{"audio", "sampling_rate"}` and `{"video"}` with frames
+        (frames, height, width, 3) uint8. Kinds that the file does not have are absent.
 
     Raises:
-        UploadError: for a file that is gone, too large, too long, damaged, or that takes too long to read.
+        UploadError: if the file is missing, too large, too long, damaged, or takes too long to decode.
     """
     name = Path(path).name
     try:
@@ -81,32 +82,33 @@ def read_upload(path: str, kinds: Sequence[str], num_frames: int, limits: Limits
         raise UploadError(f"{name} is no longer on the server. Please upload it again.") from None
     if size > limits.megabytes * 1e6:
         raise UploadError(
-            f"{name} has {size / 1e6:,.1f} MB; {limits.megabytes:g} MB are the most. Send a shorter or smaller clip."
+            f"{name} has {size / 1e6:,.1f} MB; the limit is {limits.megabytes:g} MB. Send a shorter or smaller clip."
         )
-    with tempfile.TemporaryDirectory(prefix="empathic-") as folder:
-        out = os.path.join(folder, "clip.npz")
-        numbers = map(str, (num_frames, limits.seconds, limits.decode_seconds))
-        command = [sys.executable, "-m", "empathic.demo.uploads", path, out, *numbers]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
-        environment["OPENBLAS_NUM_THREADS"] = "1"  # each of its threads takes address space
-        try:
-            ended = subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, env=environment, timeout=limits.decode_seconds
-            )
-        except subprocess.TimeoutExpired:
-            raise UploadError(
-                f"{name} could not be read within {limits.decode_seconds:g} s. Record or export it again."
-            ) from None
-        if ended.returncode == REFUSED:
-            raise UploadError(ended.stdout.decode("utf-8", "replace").strip())
-        if ended.returncode != 0:
-            raise UploadError(f"{name} cannot be read: it is damaged or needs too much memory. Export it again.")
-        with np.load(out, allow_pickle=False) as arrays:
-            held = {kind: arrays[kind] for kind in ("audio", "video") if kind in arrays}
+    numbers = map(str, (num_frames, limits.seconds, limits.decode_seconds))
+    command = [sys.executable, "-m", "empathic.demo.uploads", path, *numbers]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    environment |= {
+        "OPENBLAS_NUM_THREADS": "1",
+        "PYTHONIOENCODING": "utf-8",
+    }  # each OpenBLAS thread reserves address space
+    try:
+        ended = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, env=environment, timeout=limits.decode_seconds
+        )
+    except subprocess.TimeoutExpired:
+        raise UploadError(
+            f"{name} could not be read within {limits.decode_seconds:g} s. Record or export it again."
+        ) from None
+    if ended.returncode == REFUSED:
+        raise UploadError(ended.stdout.decode("utf-8", "replace").strip())
+    if ended.returncode != 0:
+        raise UploadError(f"{name} cannot be read: it is damaged or needs too much memory. Export it again.")
+    with np.load(io.BytesIO(ended.stdout), allow_pickle=False) as arrays:
+        held = {kind: arrays[kind] for kind in ("audio", "video") if kind in arrays}
     found = {kind: array for kind, array in held.items() if kind in kinds}
     if not found:
-        wanted = {"audio": "sound", "video": "picture"}
-        raise UploadError(f"{name} holds no {' and no '.join(wanted[kind] for kind in kinds)}.")
+        wanted = {"audio": "audio", "video": "video"}
+        raise UploadError(f"{name} has no {' and no '.join(wanted[kind] for kind in kinds)}.")
     return {
         kind: {kind: array, **({"sampling_rate": SAMPLING_RATE} if kind == "audio" else {})}
         for kind, array in found.items()
@@ -114,7 +116,7 @@ def read_upload(path: str, kinds: Sequence[str], num_frames: int, limits: Limits
 
 
 def discard(path: str | None, folder: str) -> None:
-    """Deletes an upload, if it lies below `folder`, and its own folders there where these are empty then."""
+    """Delete an upload if it is inside `folder`, together with the parent folders inside `folder` that become empty."""
     if path is None:
         return
     place, root = Path(path).resolve(), Path(folder).resolve()
@@ -128,21 +130,7 @@ def discard(path: str | None, folder: str) -> None:
             parent.rmdir()
 
 
-# ---------------------------------------------------------------------------------------- in the process of its own
-
-
-def _seconds(path: str) -> float:
-    """How long a clip is by its packets: recordings of browsers have no length in the header, and headers may lie."""
-    first, last = {}, {}
-    with _open(path, path) as container:
-        for packet in container.demux():
-            if packet.pts is None or packet.stream.type not in ("audio", "video"):
-                continue
-            start, end = (float(t * packet.time_base) for t in (packet.pts, packet.pts + (packet.duration or 0)))
-            index = packet.stream.index
-            first[index] = min(first.get(index, start), start)
-            last[index] = max(last.get(index, end), end)
-    return max((last[index] - first[index] for index in last), default=0.0)
+# -------------------------------------------------------------------------------------------- the decoding process
 
 
 def _smaller(frames: np.ndarray) -> np.ndarray:
@@ -157,36 +145,26 @@ def _smaller(frames: np.ndarray) -> np.ndarray:
 
 
 def _decode(path: str, num_frames: int, max_seconds: float) -> dict[str, np.ndarray]:
-    name = Path(path).name
-    info = probe(path)
-    # Long clips end here, before all of their packets are read.
-    seconds = info.duration if (info.duration or 0) > max_seconds + 1 else _seconds(path)
-    if seconds > max_seconds + 1:  # a recording is seldom cut at the second
-        raise UploadError(f"{name} is {seconds:,.0f} s long; {max_seconds:g} s are the most. Send a shorter clip.")
-    arrays = {}
-    if info.has_audio:
-        arrays["audio"] = read_audio(path, SAMPLING_RATE, max_seconds + 1)
-    if info.has_video:
-        arrays["video"] = _smaller(read_video(path, num_frames))
-    if not arrays:
-        raise UploadError(f"{name} holds neither sound nor picture. Send an audio or video file.")
+    arrays = read_clip(path, Path(path).name, num_frames, max_seconds)
+    if "video" in arrays:
+        arrays["video"] = _smaller(arrays["video"])
     return arrays
 
 
 def main(arguments: list[str]) -> int:
-    """The process; returns its exit status."""
+    """Run the decoding process; return its exit status."""
     import resource
 
-    path, out, num_frames, max_seconds, decode_seconds = arguments
+    path, num_frames, max_seconds, decode_seconds = arguments
     limit = int(float(decode_seconds)) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     try:
         arrays = _decode(path, int(num_frames), float(max_seconds))
-    except (MediaError, UploadError) as error:
-        print(str(error).replace(path, Path(path).name))
+    except MediaError as error:
+        print(str(error).replace(path, Path(path).name).encode("utf-8", "replace").decode())
         return REFUSED
-    np.savez(out, **arrays)
+    np.savez(sys.stdout.buffer, **arrays)
     return 0
 
 

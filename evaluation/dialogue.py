@@ -1,37 +1,37 @@
 """
-The replies of several systems to held-out conversations, scored (paper's Table 1), and the ablation (Table 2).
+Score the replies of several systems to held-out conversations (paper's Table 1), and the ablation (Table 2).
 
     empathic evaluate dialogue ours=empathic:runs/epo base=empathic:runs/dialogue --data data/meld --output runs/tables
     empathic evaluate ablation text=runs/dialogue_ft memory=runs/dialogue_mc epo=runs/epo --data data/iemocap \\
         --output runs/tables
 
-OUT/dialogue.json holds the table, OUT/dialogue/NAME.jsonl each system's replies, OUT/dialogue/clips what they answered
-where the data set holds its clips inside itself; likewise for the ablation. With several data sets each has a folder of
-its own in OUT.
+OUT/dialogue.json holds the table, OUT/dialogue/NAME.jsonl the replies of each system, and OUT/dialogue/clips the clips
+if the data set stores them as bytes; likewise for the ablation. With several data sets, each has its own folder in OUT.
 """
 
 import argparse
 import gc
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from datasets import load_dataset
 
-from empathic.data_prep.views import DialogueSamples
-from empathic.evaluation.published import SOURCE, TABLE_1, TABLE_2
-from empathic.evaluation.replies import read_replies, write_replies
-from empathic.evaluation.reply_options import CLIPS
-from empathic.evaluation.results import versions, write_results
-from empathic.evaluation.scores import METRICS, Scoring, score_replies
-from empathic.evaluation.statistics_of_replies import ADJUSTED
-from empathic.evaluation.systems import KINDS, open_system, read_spec
-from empathic.evaluation.tables import table, with_interval
+from ..data_prep.loading import load_prepared
+from ..data_prep.views import DialogueSamples
+from .published import SOURCE, TABLE_1, TABLE_2
+from .replies import read_replies, write_replies
+from .reply_options import CLIPS
+from .results import held_table, versions, write_results
+from .scores import METRICS, Scoring, score_replies
+from .statistics_of_replies import ADJUSTED
+from .systems.open import SYSTEM_KINDS, open_system, read_spec
+from .tables import table, with_interval
 
-PATIENCE = timedelta(days=30)  # a process waits so long for the slowest one
+PATIENCE = timedelta(days=30)  # timeout of the process group: processes wait for the slowest process
 SIGNIFICANT = 0.05
 
 # Rows of Table 2 in the paper's order: finetuned, MambaCompressor, audio-visual emotion extractor, EPO.
@@ -42,7 +42,7 @@ ABLATION = {
     "memory_av": (True, True, True, False),
     "epo": (True, True, True, True),
 }
-# What each row gets to see, as its recipe trained it: dialogue_ft, dialogue_mc, dialogue_mc_av, epo.
+# The inputs of each row, as in its training recipe: dialogue_ft, dialogue_mc, dialogue_mc_av, epo.
 SEEN = {
     "text": "history=text,media=false",
     "memory": "history=memory,media=false",
@@ -51,40 +51,41 @@ SEEN = {
 }
 
 
-def open_process(device: str | None) -> tuple[PartialState, str]:
-    """This process among those of `accelerate launch`, or alone; and its device."""
+@contextmanager
+def open_process(device: str | None) -> Iterator[tuple[PartialState, str]]:
+    """Join the processes of `accelerate launch`, if any; give the state of this process and its device."""
     state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
-    return state, str(state.device) if device in (None, "cpu") or state.num_processes > 1 else device
-
-
-def close_process(state: PartialState) -> None:
-    """Leaves the group of processes, where there is one."""
-    if state.num_processes > 1:
-        state.destroy_process_group()
+    try:
+        yield state, str(state.device) if device in (None, "cpu") or state.num_processes > 1 else device
+    finally:
+        if state.num_processes > 1:
+            state.destroy_process_group()
 
 
 def ablation_specs(given: Sequence[str]) -> list[str]:
     """
-    The rows of the ablation as specs of systems, in the paper's order.
+    Return the rows of the ablation as system specs, in the paper's order.
 
     Args:
-        given: `ROW=PATH`, with a row of `ABLATION`; `ROW=PATH,option=value` where a model was trained otherwise than by
-            its recipe; `ROW=KIND:TARGET` for another system, such as the model that is not finetuned.
+        given: `ROW=PATH`, with a row of `ABLATION`; `ROW=PATH,option=value` if the model was not trained by the recipe
+            of its row; `ROW=KIND:TARGET` for another system, such as the model without finetuning.
 
     Raises:
-        ValueError: for another row, one that is given twice, or none.
+        ValueError: if a row is unknown or given twice, or there are no rows.
     """
     specs = {}
     for text in given:
         row, _, rest = text.partition("=")
         if row not in ABLATION or not rest:
-            raise ValueError(f"{text}: is no row of the ablation. Write ROW=PATH, ROW one of {', '.join(ABLATION)}.")
+            raise ValueError(f"{text} is not a row of the ablation. Write ROW=PATH, ROW one of {', '.join(ABLATION)}.")
         if row in specs:
-            raise ValueError(f"{text}: the row {row} is given twice.")
-        if rest.partition(":")[0] in KINDS:
+            raise ValueError(f"{text}: the row {row} is given twice; give each row once.")
+        if rest.partition(":")[0] in SYSTEM_KINDS:
             specs[row] = text
         elif row not in SEEN:
-            raise ValueError(f"{text}: name its kind, {row}=KIND:TARGET; the kinds are {', '.join(KINDS)}.")
+            raise ValueError(
+                f"{text}: this row needs a kind. Write {row}=KIND:TARGET; the kinds are {', '.join(SYSTEM_KINDS)}."
+            )
         else:
             path, *options = rest.split(",")
             specs[row] = ",".join([f"{row}=empathic:{path}", SEEN[row], *options])
@@ -111,44 +112,44 @@ def evaluate_systems(
     **common,
 ) -> dict[str, dict]:
     """
-    Lets systems reply to held-out samples, and scores the replies. All of it is written; see the module.
+    Generate replies of all systems to held-out samples, score them, and write all results (see the module).
 
-    Replies that an earlier run made under the same settings are taken from there.
+    Replies saved by an earlier run with the same settings are reused.
 
     Args:
-        specs: of `open_system`.
+        specs: system specs, see `open_system`.
         data: prepared data sets, folders or Hub ids.
-        output: folder to write.
-        scoring: what is computed.
-        kind: `dialogue`, every system beside the baseline; or `ablation`, each row also beside the one before it.
-        split: of the data sets.
-        max_samples: only the first so many samples of each.
-        reply_speakers: whose replies, such as a corpus's assistant; everybody's by default.
+        output: output folder.
+        scoring: the metrics and their options.
+        kind: `dialogue` compares every system with the baseline; `ablation` also compares each row with the row before.
+        split: split of the data sets.
+        max_samples: use only the first `max_samples` samples of each data set.
+        reply_speakers: speakers whose replies are predicted, such as a corpus's assistant; all by default.
         baseline: name of the system that the others are compared with; the first by default.
-        clips: of how many samples, see `write_replies`.
-        seed: of sampling.
-        accelerator: of `accelerate launch`, see `write_replies`.
-        progress: shows bars.
-        common: of `evaluation.systems.Common`.
+        clips: number of samples whose clips are saved, see `write_replies`.
+        seed: sampling seed.
+        accelerator: state of `accelerate launch`, see `write_replies`.
+        progress: whether to show progress bars.
+        common: arguments of `evaluation.systems.base.Common`.
 
     Returns:
-        the results of each data set, as in its JSON file; on all but the main process none.
+        The results of each data set, as in its JSON file; empty on all but the main process.
 
     Raises:
-        ValueError: for a spec, a baseline or a data set that does not fit.
+        ValueError: if a spec, the baseline or a data set is invalid.
     """
     names = [read_spec(spec)[0] for spec in specs]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise ValueError(f"Two systems are called {twice[0]}: write NAME=KIND:TARGET with different names.")
+        raise ValueError(f"Two systems have the name {twice[0]}. Write NAME=KIND:TARGET with different names.")
     baseline = names[0] if baseline is None else baseline
     if baseline not in names:
-        raise ValueError(f"The baseline {baseline!r} is none of the systems {', '.join(names)}.")
+        raise ValueError(f"The baseline {baseline!r} is not one of the systems {', '.join(names)}.")
     folders = _folders(data, Path(output))
     samples = {name: dialogue_samples_of(name, split, reply_speakers, max_samples) for name in data}
     files: dict[str, dict[str, Path]] = {name: {} for name in data}
     systems = {name: open_system(spec, **common) for name, spec in zip(names, specs, strict=True)}
-    settings = {name: system.settings for name, system in systems.items()}  # an error of any comes before all replies
+    settings = {name: system.settings for name, system in systems.items()}  # fail before any reply is generated
     for name in names:
         system = systems.pop(name)
         for data_set, folder in folders.items():
@@ -161,7 +162,7 @@ def evaluate_systems(
                 accelerator=accelerator,
                 progress=progress,
             )
-        del system  # before the next one is loaded
+        del system  # free its memory before the next system is loaded
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -209,26 +210,23 @@ def evaluate_systems(
 def dialogue_samples_of(
     data: str, split: str, reply_speakers: Sequence[str] | None, max_samples: int | None
 ) -> DialogueSamples:
-    """The samples of a split. ValueError, naming the data set, if there are none."""
-    rows = load_dataset(data, split=split)
-    missing = [name for name in ("dialogue_id", "speaker") if name not in rows.column_names]
-    if missing:
-        raise ValueError(f"{data}: has no column {missing[0]}; give what `empathic prepare` wrote.")
+    """Load the samples of a split; raise ValueError, with the name of the data set, if there are none."""
+    rows = load_prepared(data, split)
     samples = DialogueSamples(rows, reply_speakers)
     if max_samples is not None:
         samples.places = samples.places[:max_samples]
     if not len(samples):
-        raise ValueError(f"{data}: in its split {split} nobody answers anybody, so there is nothing to evaluate.")
+        raise ValueError(f"{data}: its split {split} has no turn that answers another speaker; choose another split.")
     return samples
 
 
 def _folders(data: Sequence[str], output: Path) -> dict[str, Path]:
-    """Where the results of each data set go: in OUT itself where there is only one."""
+    """The output folder of each data set: OUT itself if there is only one data set."""
     if len(data) == 1:
         return {data[0]: output}
     folders = {name: output / Path(name).name for name in data}
     if len(set(folders.values())) < len(data):
-        raise ValueError(f"The data sets {', '.join(data)} need different names, for each has its folder in {output}.")
+        raise ValueError(f"The data sets {', '.join(data)} need different names: each has its own folder in {output}.")
     return folders
 
 
@@ -236,7 +234,7 @@ def _folders(data: Sequence[str], output: Path) -> dict[str, Path]:
 
 
 def show(results: dict) -> str:
-    """The table as text: our rows, then those that the paper published."""
+    """Format the table as text: our rows, then the published rows of the paper."""
     ablation = results["table"] == "ablation"
     metrics = list(next(iter(results["systems"].values()))["metrics"])
     baseline = results["baseline"]
@@ -274,7 +272,9 @@ def show(results: dict) -> str:
         shown = system.get("settings", {})
         for option, value in shown.get("trained_with", {}).items():
             if shown[option] != value:
-                lines.append(f"WARNING: {name} was trained with {option} {value} and shown {option} {shown[option]}.")
+                lines.append(
+                    f"WARNING: {name} was trained with {option} {value} but evaluated with {option} {shown[option]}."
+                )
         if system["empty"]:
             lines.append(f"WARNING: {system['empty']} replies of {name} are empty; they score 0.")
         if system["notes"]:
@@ -299,10 +299,9 @@ def _head(name: str, ablation: bool, published: str = "") -> list[str]:
 
 
 def run(options: argparse.Namespace, kind: str) -> int:
-    """What `empathic evaluate dialogue` and `ablation` do on each process; returns the exit status."""
+    """Run `empathic evaluate dialogue` or `ablation` in each process; return the exit status."""
     specs = ablation_specs(options.systems) if kind == "ablation" else options.systems
-    state, device = open_process(options.device)
-    try:
+    with open_process(options.device) as (state, device), held_table(options.output, kind, state):
         scoring = Scoring(
             metrics=options.metrics,
             classifier=options.classifier,
@@ -334,10 +333,8 @@ def run(options: argparse.Namespace, kind: str) -> int:
             device=device,
             dtype=options.dtype,
         )
-    finally:
-        close_process(state)
     for found in results.values():
         print(show(found))
     if results:
-        print(f"All of it is in {options.output}.")
+        print(f"Results are in {options.output}.")
     return 0

@@ -1,44 +1,59 @@
-"""Answers of the model to many conversations, in batches."""
+"""Generate the model's answers to conversations, in batches."""
 
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from empathic.media_empathic import MediaError
-from empathic.trainers.samples import shows_something
+from ..data_prep.messages import shows_something
+from ..media_empathic import MediaError
+from ..sampling import plain_decoding
+from ..thoughts import WrittenDecoder
 
 
 class Answer(NamedTuple):
-    """The text, which may be empty, its length in tokens, and whether it came to its end before the greatest length."""
+    """
+    An answer.
+
+    Attributes:
+        text: the text without thoughts; may be empty.
+        tokens: its length in tokens, including thoughts.
+        finished: whether it ended before the maximum length.
+        thought: the thoughts of a reasoning model.
+        note: why there is no text, if the model wrote only a thought.
+    """
 
     text: str
     tokens: int
     finished: bool
+    thought: str = ""
+    note: str | None = None
 
 
 @torch.no_grad()
 def answer(model, processor, prepared: list[dict], max_new_tokens: int = 64, **generate_kwargs) -> list[Answer]:
     """
-    The model's answers to one batch, in order.
+    Generate the answers to a batch of conversations, in order.
 
     Args:
-        model, processor: the model, or a PEFT model of one, and its `EmpathicProcessor`.
-        prepared: what `processor.prepare` gave for each conversation.
-        max_new_tokens: tokens of an answer at most.
-        generate_kwargs: of `model.generate`; greedy by default.
+        model, processor: the model, or a PEFT model around it, and its `EmpathicProcessor`.
+        prepared: the output of `processor.prepare` for each conversation.
+        max_new_tokens: maximum number of tokens in an answer.
+        generate_kwargs: arguments of `model.generate`; by default `plain_decoding`.
     """
     model.eval()
     inputs = processor.pad(prepared).to(model.device)
-    output = model.generate(**inputs, **{"do_sample": False, "max_new_tokens": max_new_tokens, **generate_kwargs})
+    output = model.generate(**inputs, **plain_decoding(max_new_tokens=max_new_tokens, **generate_kwargs))
     written = output[:, inputs["input_ids"].shape[1] :]
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     ends = torch.tensor(ends, dtype=torch.long, device=written.device)
-    answers = []
-    for text, row in zip(processor.batch_decode(written, skip_special_tokens=True), written, strict=True):
+    answers, decode = [], WrittenDecoder(processor.tokenizer)
+    for row in written:
         stops = torch.isin(row, ends).nonzero().flatten().tolist()
-        answers.append(Answer(text.strip(), stops[0] if stops else len(row), bool(stops)))
+        read = decode(row.tolist())
+        length = stops[0] if stops else len(row)
+        answers.append(Answer(read.reply, length, bool(stops), read.thought, read.note()))
     return answers
 
 
@@ -54,15 +69,15 @@ def generate_texts(
     **generate_kwargs,
 ) -> list[str]:
     """
-    The model's answer to each conversation, in order.
+    Generate the text of the answer to each conversation, in order.
 
     Args:
         model, processor: the model and its `EmpathicProcessor`.
         conversations: message lists.
         task, history: as in `EmpathicProcessor.apply_chat_template`.
-        max_new_tokens, batch_size: tokens of an answer at most, and conversations generated at once.
-        description: of the progress bar; none without it.
-        generate_kwargs: of `model.generate`; greedy by default.
+        max_new_tokens, batch_size: maximum number of tokens in an answer, and number of conversations per batch.
+        description: label of the progress bar; None for no bar.
+        generate_kwargs: arguments of `model.generate`; by default `plain_decoding`.
     """
     texts = []
     for start in tqdm(range(0, len(conversations), batch_size), desc=description, disable=description is None):
@@ -74,21 +89,21 @@ def generate_texts(
 
 def prepare_readable(processor, messages: list[dict], **options) -> tuple[dict | None, str | None]:
     """
-    A conversation as `processor.prepare` gives it, without the clips that cannot be read.
+    Run `processor.prepare` on a conversation, without the clips that cannot be read.
 
     Args:
         messages: a conversation whose last message holds the clips.
-        options: of `EmpathicProcessor.prepare`.
+        options: arguments of `EmpathicProcessor.prepare`.
 
     Returns:
-        what was prepared, None where there is nothing to answer; and what was left out and why, None if nothing was.
+        The prepared inputs, or None if there is nothing to answer; and a note on what was left out and why, or None.
     """
     if not shows_something(messages[-1], "dialogue"):
         return None, "The last turn has nothing to hear, see or read, so there is no reply."
     try:
         return processor.prepare(messages, **options), None
     except MediaError:
-        pass  # which clip it is, is found out below
+        pass  # the loop below finds the clip
     *earlier, last = messages
     kept, notes = [], []
     for item in last["content"]:
@@ -102,5 +117,5 @@ def prepare_readable(processor, messages: list[dict], **options) -> tuple[dict |
             notes.append(f"{item['type']} left out: {error}")
     note = " ".join(notes)
     if not kept:
-        return None, f"{note} Nothing else is there, so there is no reply."
+        return None, f"{note} Nothing is left, so there is no reply."
     return processor.prepare([*earlier, {**last, "content": kept}], **options), note

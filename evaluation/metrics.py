@@ -1,11 +1,11 @@
-"""The metrics of the paper's Sec. 4.4 and Table 8, and those that keep them honest.
+"""The metrics of the paper's Sec. 4.4 and Table 8, and complementary metrics.
 
-Each is a pure function of two lists, row by row. Every score lies between 0 and 1, except `emotion_score` (-1 to 1),
-and more is better. A reply that is empty or no string has no emotion and no words: `emotion_score`, `dist_1` and
-`corpus_dist_1` raise a ValueError that names its row, unless `allow_empty` says that it scores 0. The other metrics
-count an empty prediction as wrong.
+Each metric is a pure function of two lists, row by row. Scores are between 0 and 1, `emotion_score` between -1 and 1;
+higher is better. An empty reply has no emotion and no words: `emotion_score`, `dist_1` and `corpus_dist_1` raise a
+ValueError with its row, unless `allow_empty` is true; then it scores 0. A value that is not a string also raises it.
+The other metrics count an empty prediction as wrong.
 
-Those that are modules of `evaluate` too are computed in `modules/`, beside their definition.
+Metrics that are also modules of `evaluate` are computed in `modules/`, next to the module.
 """
 
 import re
@@ -14,17 +14,12 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from empathic.configuration_empathic import EMOTIONS
-from empathic.evaluation.modules.bleu.ngram_overlap import bleu, bleu_counts, bleu_of_counts
-from empathic.evaluation.modules.checked_texts import check_lengths, check_pairs, check_texts
-from empathic.evaluation.modules.dist_n.diversity import (
-    corpus_dist_n,
-    dist_n_scores,
-    mean_dist_n,
-    tokens_of,
-)
-from empathic.evaluation.modules.emotion_accuracy import confusion
-from empathic.evaluation.modules.emotion_score.emotion_similarity import cosine, emotion_scores
+from ..configuration_empathic import EMOTIONS
+from .modules.bleu.ngram_overlap import bleu, bleu_counts, bleu_of_counts
+from .modules.checked_texts import check_lengths, check_pairs, check_texts
+from .modules.dist_n.diversity import corpus_dist_n, dist_n_scores, mean_dist_n, tokens_of
+from .modules.emotion_accuracy import confusion
+from .modules.emotion_score.emotion_similarity import cosine, emotion_scores
 
 __all__ = [
     "accuracy",
@@ -57,7 +52,7 @@ def emotion_score(
     """
     EmotionScore (Sec. 4.4): the mean of `emotion_scores`.
 
-    The paper does not say which features it takes; print `features.description` beside the score.
+    The paper does not say which features it uses; report `features.description` with the score.
 
     Example: features (1, 0) and (0.6, 0.8) for the replies, (1, 0) and (1, 0) for the references: (1 + 0.6) / 2 = 0.8.
     """
@@ -68,21 +63,21 @@ def dist_1(predictions: Sequence[str], allow_empty: bool = False) -> float:
     """
     Dist-1 as the paper reports it (Sec. 4.4; Li et al., 2016): unique 1-grams / 1-grams of each reply, averaged.
 
-    The paper's values (Table 1) are possible a reply at a time only: over a whole corpus words repeat. Short replies
-    score high: compare it at similar lengths. See `dist_n_scores`.
+    The paper's values (Table 1) are only possible per reply: over a whole corpus words repeat. Short replies score
+    high, so compare replies of similar length. See `dist_n_scores`.
 
-    Example: "no, no, no!" has the tokens no , no , no ! of which 3 of 6 are unique; "i see" has 2 of 2. Together 0.75.
+    Example: "no, no, no!" has the tokens no , no , no ! of which 3 of 6 are unique; "i see" has 2 of 2. The mean: 0.75.
     """
     return mean_dist_n(predictions, 1, allow_empty)
 
 
 def corpus_dist_1(predictions: Sequence[str], allow_empty: bool = False) -> float:
-    """Dist-1 of all replies taken together; see `corpus_dist_n`."""
+    """Dist-1 of all replies concatenated; see `corpus_dist_n`."""
     return corpus_dist_n(predictions, 1, allow_empty)
 
 
 def _check_pairs(predictions: Sequence[str], references: Sequence[str]) -> None:
-    """One reference a row; an empty prediction is wrong rather than an error."""
+    """Check the texts: one reference per row; an empty prediction is allowed, and counts as wrong."""
     check_texts(predictions, "predictions", allow_empty=True)
     check_texts(references, "references")
     check_lengths(predictions, references)
@@ -95,26 +90,28 @@ def words_of(text: str) -> list[str]:
 
 def word_recall(predictions: Sequence[str], words: Sequence[Sequence[str]]) -> float:
     """
-    The share of the wanted words that are said: each row has its own list of them.
+    The share of expected words that the predictions contain; each row has its own list of expected words.
 
-    Use it for what only the history could tell: a name, a city. The words of all rows count alike; a word that is
-    wanted twice has to be said twice. Case does not count.
+    Use it for facts that only the history gives, such as a name or a city. The words of all rows have equal weight; a
+    word that is listed twice must occur twice. Case is ignored.
 
     Args:
         predictions: the texts.
-        words: for each text the words that it should say, possibly none.
+        words: the expected words of each text, possibly none.
 
     Returns:
         0 to 1.
 
     Raises:
-        ValueError: if no row wants a word.
+        ValueError: if no row has an expected word.
 
-    Example: "you are clara" wants clara, "in rome" wants oslo and rome: 2 of 3 words, 0.667.
+    Example: "you are clara" should say clara, "in rome" should say oslo and rome: 2 of 3 words, 0.667.
     """
     check_texts(predictions, "predictions", allow_empty=True)
     if len(words) != len(predictions):
-        raise ValueError(f"There are {len(predictions)} predictions but {len(words)} lists of words.")
+        raise ValueError(
+            f"There are {len(predictions)} predictions but {len(words)} lists of words; give one list per prediction."
+        )
     hits = total = 0
     for row, (text, wanted) in enumerate(zip(predictions, words, strict=True)):
         if isinstance(wanted, str):
@@ -123,20 +120,20 @@ def word_recall(predictions: Sequence[str], words: Sequence[Sequence[str]]) -> f
         hits += (needed & Counter(words_of(text))).total()
         total += needed.total()
     if total == 0:
-        raise ValueError("No row wants a word, so there is nothing to recall.")
+        raise ValueError("No row has an expected word, so there is nothing to recall.")
     return hits / total
 
 
 def content_recall(predictions: Sequence[str], references: Sequence[str], content_words: Collection[str]) -> float:
     """
-    The share of the references' content words that the predictions say (beside BLEU for rebuilt conversations).
+    The share of the references' content words that the predictions contain; complements BLEU for reconstructions.
 
     BLEU is high for sentences of the right pattern with the wrong names: two random utterances of a small grammar share
-    a third of their words. This counts what carries the content.
+    a third of their words. This metric counts only the words that carry the content.
 
     Args:
-        predictions: the texts; an empty one recalls nothing.
-        references: one a text.
+        predictions: the texts; an empty text recalls nothing.
+        references: one reference per text.
         content_words: the words that count, in lower case.
 
     Returns:
@@ -151,7 +148,7 @@ def content_recall(predictions: Sequence[str], references: Sequence[str], conten
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
     """
-    The share of predictions that equal their reference, runs of white space taken as one space. Case counts.
+    The share of predictions that equal their reference up to white space. Case matters.
 
     Returns:
         0 to 1.
@@ -164,8 +161,8 @@ def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
 
 def accuracy(predictions: Sequence[str], references: Sequence[str], labels: Sequence[str] = EMOTIONS) -> dict:
     """
-    Accuracy of named emotions (Fig. 6), with each class's recall and the confusion.
+    Emotion accuracy (Fig. 6), with the recall of each class and the confusion matrix.
 
-    As `modules/emotion_accuracy/confusion.py` has it, with the seven emotions as labels; an empty prediction is wrong.
+    See `modules/emotion_accuracy/confusion.py`. The labels default to the seven emotions. An empty prediction is wrong.
     """
     return confusion.accuracy(predictions, references, labels)

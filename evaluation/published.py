@@ -1,4 +1,4 @@
-"""The numbers that the paper prints for its evaluation, to stand beside ours. They were computed by its authors."""
+"""The results published in the paper, as computed by its authors, for comparison with ours."""
 
 SOURCE = "the paper's Tables 1 and 2, as its authors computed them"
 
@@ -32,12 +32,12 @@ TABLE_2 = {
     }.items()
 }
 
-# Fig. 6 is a drawing; the text gives one number of it (Sec. 5.4) and names no corpus.
+# Fig. 6 is a plot; the text (Sec. 5.4) gives one of its numbers, and does not name the corpus.
 FIGURE_6 = (
-    "The paper gives one number of Fig. 6: A+V+T is 7.86 % better than T (whether points or relative, it leaves open)."
+    "The paper gives one number of Fig. 6: A+V+T is 7.86 % better than T (it does not say if in points or relative)."
 )
 
-# Table 3: histories of 20 and more utterances of MultiDialog, as text and compressed; a sample's mean.
+# Table 3: MultiDialog histories of 20 or more utterances, as text and compressed; means per sample.
 TABLE_3 = {
     "text": {"positions": 606.23, "memory_gb": 16.30, "seconds": 0.1112, "bertscore": 0.844},
     "compressed": {"positions": 111.52, "memory_gb": 15.73, "seconds": 0.0795, "bertscore": 0.848},

@@ -1,15 +1,22 @@
-"""The replies that quickstart has made, scored and saved as `empathic evaluate dialogue` would, for the report."""
+"""
+Score the replies of quickstart: save them in the format of `empathic evaluate dialogue`, for the report, and compare
+EPO with its control over several seeds.
+"""
 
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from empathic.data_prep.candidates import message_text
-from empathic.evaluation.published import SOURCE, TABLE_1
-from empathic.evaluation.results import versions, write_results
-from empathic.evaluation.scores import Scoring, score_replies
-from empathic.trainers.samples import sample_id
+import numpy as np
+
+from ..data_prep.messages import message_text, sample_id
+from .metrics import emotion_scores, word_recall
+from .published import SOURCE, TABLE_1
+from .replies import conversation_of
+from .results import versions, write_results
+from .scores import Scoring, score_replies
+from .statistics_of_replies import compare_means
 
 
 def write_scored_replies(
@@ -23,19 +30,19 @@ def write_scored_replies(
     baseline: str,
 ) -> dict:
     """
-    Writes dialogue.json, and dialogue/NUMBER.jsonl with the replies of each system.
+    Write dialogue.json, and dialogue/NUMBER.jsonl with the replies of each system.
 
     Args:
-        folder: made if it is not there.
-        samples: of `DialogueSamples`.
-        replies: {system: as many texts as samples}.
-        scoring: what is computed.
-        settings: of the whole: `data` and `split`, and what else decided the replies.
+        folder: output folder; created if needed.
+        samples: items of `DialogueSamples`.
+        replies: {system: one text per sample}.
+        scoring: the metrics and their options.
+        settings: settings of all systems: `data` and `split`, and all else that affects the replies.
         systems: {system: its settings}.
         baseline: system that the others are compared with.
 
     Returns:
-        what dialogue.json holds.
+        The content of dialogue.json.
     """
     folder = Path(folder)
     (folder / "dialogue").mkdir(parents=True, exist_ok=True)
@@ -66,6 +73,64 @@ def write_scored_replies(
     }
     write_results(folder / "dialogue.json", results)
     return results
+
+
+def compare_seeds(
+    epo: Sequence[Mapping], control: Sequence[Mapping], samples: Sequence[dict], words: Sequence[list[str]], features
+) -> dict[str, dict]:
+    """
+    Compare EPO with its control by the replies of several seeds each.
+
+    Args:
+        epo, control: an outcome per seed, with `row` (its metrics), and `replies` and `sampled` (a text per sample).
+        samples: items of `DialogueSamples`.
+        words: for each sample, the words that only the history tells; possibly none.
+        features: the emotion features of EmotionScore.
+
+    Returns:
+        {metric: the mean and the standard deviation over the seeds of both, `epo`, `control`}. EmotionScores and recall
+        also have the `difference` with the ends of its 95% interval, and `p_value`: each sample counts with its mean
+        over the seeds, and the interval and the paired permutation test draw conversations.
+    """
+    conversations = [conversation_of({"id": sample_id(sample)}) for sample in samples]
+    references = [sample["reply"] for sample in samples]
+    asked = [place for place, wanted in enumerate(words) if wanted]
+
+    def scores(outcomes: Sequence[Mapping]) -> dict[str, np.ndarray]:
+        replies = [outcome["replies"] for outcome in outcomes]
+        recalled = [[word_recall([texts[place]], [words[place]]) for place in asked] for texts in replies]
+        felt = {
+            key: [emotion_scores(outcome[key], references, features, allow_empty=True) for outcome in outcomes]
+            for key in ("replies", "sampled")
+        }
+        return {
+            "emotion_score": np.mean(felt["replies"], axis=0),
+            "emotion_score_sampled": np.mean(felt["sampled"], axis=0),
+            "recall": np.mean(recalled, axis=0),
+        }
+
+    def over_seeds(outcomes: Sequence[Mapping], name: str) -> dict[str, float]:
+        values = [outcome["row"][name] for outcome in outcomes]
+        return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1))}
+
+    found = {name: {"epo": over_seeds(epo, name), "control": over_seeds(control, name)} for name in epo[0]["row"]}
+    a, b = scores(epo), scores(control)
+    groups = dict.fromkeys(("emotion_score", "emotion_score_sampled"), conversations)
+    for name, who in {**groups, "recall": [conversations[place] for place in asked]}.items():
+        compared = compare_means(a[name], b[name], who)
+        difference = {key: getattr(compared.difference, key) for key in ("value", "low", "high")}
+        found[name] |= {"difference": difference, "p_value": compared.p_value}
+    return found
+
+
+def seed_cells(row: Mapping) -> list:
+    """The cells of a metric of `compare_seeds`: EPO, control, difference, and its interval and p-value, if any."""
+    epo, control = row["epo"], row["control"]
+    means = [f"{side['mean']:.3f} ± {side['sd']:.3f}" for side in (epo, control)]
+    if "difference" not in row:
+        return [*means, epo["mean"] - control["mean"], "", ""]
+    ends = row["difference"]
+    return [*means, ends["value"], f"[{ends['low']:.3f}, {ends['high']:.3f}]", f"{row['p_value']:.4f}"]
 
 
 def _row(sample: Mapping, text: str) -> dict:

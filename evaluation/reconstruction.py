@@ -1,10 +1,10 @@
 """
-How well utterances are rebuilt from their memory vectors (paper's Table 8 and its Sec. 10).
+Reconstruction of utterances from their memory vectors (paper's Table 8 and Sec. 10).
 
     empathic evaluate reconstruction runs/quickstart/model runs/quickstart/data
 
-Conversations of a held-out split are cut into runs of so many utterances, which do not overlap; each run is rebuilt at
-once. BLEU and BERTScore compare whole runs, with the speakers' names, as the model is trained to write them.
+Conversations of a held-out split are divided into non-overlapping runs of consecutive utterances, and each run is
+rebuilt at once. BLEU and BERTScore compare whole runs, including the speakers' names, as in training.
 """
 
 import html
@@ -15,15 +15,15 @@ from pathlib import Path
 
 import torch
 
-from empathic.data_prep.views import conversations
-from empathic.evaluation.generation import generate_texts
-from empathic.evaluation.metrics import bleu, content_recall, exact_match, words_of
-from empathic.evaluation.modules.bertscore.bert_similarity import BertScore
-from empathic.evaluation.results import versions, write_results
-from empathic.trainers.samples import rebuild_sample
+from ..data_prep.views import conversations
+from ..trainers.samples import rebuild_sample
+from .generation import generate_texts
+from .metrics import bleu, content_recall, exact_match, words_of
+from .modules.bertscore.bert_similarity import BertScore
+from .results import held_table, versions, write_results
 
 PUBLISHED = {"dataset": "MultiDialog, test_freq", "bleu1": 0.848, "bleu4": 0.679, "bertscore": 0.969}  # Table 8
-COLUMNS = {
+SCORE_COLUMNS = {
     "bleu1": "BLEU-1",
     "bleu4": "BLEU-4",
     "bertscore": "BERTScore",
@@ -31,7 +31,7 @@ COLUMNS = {
     "exact": "exact runs",
     "exact_utterances": "exact utterances",
 }
-# English words that carry no content of their own; all others count for the recall. Words as `words_of` gives them.
+# English function words; all other words count as content words for the recall. Spelled as returned by `words_of`.
 FUNCTION_WORDS = frozenset(
     """a an the this that these those some any no every each all both either neither such
     i me my mine myself you your yours yourself he him his himself she her hers herself it its itself we us our ours
@@ -53,18 +53,18 @@ FUNCTION_WORDS = frozenset(
 @dataclass
 class ReconstructionOptions:
     """
-    What `evaluate_reconstruction` measures.
+    The options of `evaluate_reconstruction`.
 
     Args:
-        utterances: how many are rebuilt at once, one row of the table each.
-        split: of the data set.
-        max_runs: at most so many runs a row, drawn by the seed; None: all.
-        batch_size: runs at once.
-        seed: of the draw.
-        device: where to run; a GPU if there is one by default.
-        bertscore_model: Hub id or folder of BERTScore's model; None: no BERTScore.
-        bertscore_layer: its layer; by default the one that bert-score proposes for a model that it knows.
-        examples: runs of each row that the report shows.
+        utterances: run lengths: how many utterances are rebuilt at once. The table has one row per length.
+        split: split of the data set.
+        max_runs: maximum number of runs per row, chosen at random by `seed`; None for all.
+        batch_size: number of runs per batch.
+        seed: seed for the choice of runs.
+        device: device; by default a GPU if there is one.
+        bertscore_model: Hub id or folder of BERTScore's model; None for no BERTScore.
+        bertscore_layer: layer of that model; by default the layer that bert-score recommends for known models.
+        examples: number of runs per row shown in the report.
     """
 
     utterances: list[int] = field(default_factory=lambda: [1, 5, 10, 20])
@@ -90,8 +90,8 @@ class ReconstructionOptions:
 
 def runs_of(rows, length: int) -> list[list[dict]]:
     """
-    The runs of `length` utterances that follow one another, from each conversation's start on; what is left over at an
-    end, and runs with a turn that says nothing, are left out.
+    Divide each conversation, from its start, into runs of `length` consecutive utterances. The rest at the end of a
+    conversation, and runs with an empty turn, are left out.
 
     Args:
         rows: turn rows of the schema.
@@ -99,7 +99,7 @@ def runs_of(rows, length: int) -> list[list[dict]]:
     runs = []
     for conversation in conversations(rows):
         turns = conversation["turns"]
-        # As the memory's training does, the sample is called by its dialogue.
+        # As in the training of the memory, the id of the sample names its dialogue.
         names = {name: conversation[name] for name in ("corpus", "split", "dialogue_id")}
         for start in range(0, len(turns) - length + 1, length):
             run = turns[start : start + length]
@@ -110,13 +110,13 @@ def runs_of(rows, length: int) -> list[list[dict]]:
 
 def rebuild(model, processor, runs: list[list[dict]], batch_size: int = 64) -> tuple[list[str], list[str]]:
     """
-    Rebuilds runs of utterances from their vectors, each run at once, by greedy decoding.
+    Rebuild runs of utterances from their memory vectors, each run at once, by greedy decoding.
 
     Args:
         runs: lists of turn rows.
 
     Returns:
-        what the model wrote, and what was said: `name: text` lines, a run each.
+        The rebuilt texts and the original texts, one text of `name: text` lines per run.
     """
     samples = [rebuild_sample(run) for run in runs]
     expected = [sample["target"] for sample in samples]
@@ -134,14 +134,14 @@ def rebuild(model, processor, runs: list[list[dict]], batch_size: int = 64) -> t
 
 def reconstruction_row(model, processor, runs, content_words, batch_size: int = 64) -> dict[str, float]:
     """
-    How well runs of utterances are rebuilt from their memory vectors (Table 8).
+    Rebuild runs of utterances from their memory vectors, and score the result (Table 8).
 
     Args:
         runs: lists of turn rows, each rebuilt at once.
         content_words: the words whose recall is measured.
 
     Returns:
-        `bleu1`, `bleu4`, `recall` of the content words, and `exact`: the share of runs that came back letter by letter.
+        `bleu1`, `bleu4`, `recall` of the content words, and `exact`: the share of runs that are rebuilt exactly.
     """
     return scores(*rebuild(model, processor, runs, batch_size), content_words)
 
@@ -158,7 +158,7 @@ def scores(answers: list[str], expected: list[str], content_words) -> dict[str, 
 
 def exact_utterances(answers: list[str], runs: list[list[dict]]) -> float:
     """
-    The share of utterances that came back letter by letter in their own place, runs of white space taken as one space.
+    The share of utterances that are rebuilt exactly and in their position, up to white space.
 
     Example: "a: hi\nb: no" for a run of "a: hi" and "b: yes": 1 of 2, 0.5.
     """
@@ -172,27 +172,27 @@ def exact_utterances(answers: list[str], runs: list[list[dict]]) -> float:
 
 
 def content_words_of(texts: list[str]) -> set[str]:
-    """The words of the texts that are none of `FUNCTION_WORDS`."""
+    """The words of the texts that are not in `FUNCTION_WORDS`."""
     words = {word for text in texts for word in words_of(text)}
     return {word for word in words if word.replace("’", "'") not in FUNCTION_WORDS}
 
 
 def evaluate_reconstruction(model, processor, rows, options: ReconstructionOptions) -> tuple[dict, list[dict]]:
     """
-    The rows of the table, and every rebuilt run.
+    Compute the rows of the table, and return them with all rebuilt runs.
 
     Args:
-        model, processor: an `EmpathicForConditionalGeneration`, or a PEFT model of one, and its `EmpathicProcessor`.
+        model, processor: an `EmpathicForConditionalGeneration`, or a PEFT model around it, and its `EmpathicProcessor`.
         rows: turn rows of held-out conversations.
 
     Returns:
-        `{"scores": {utterances: {...}}, "runs": {utterances: count}, "bertscore": what computed it, or why it is not
-        there, "without": lengths that no conversation has}`, and `{"utterances", "id", "original", "rebuilt"}` rows.
+        `{"scores": {utterances: {...}}, "runs": {utterances: count}, "bertscore": description of the metric, or why it
+        is missing, "without": lengths without a run}`, and `{"utterances", "id", "original", "rebuilt"}` rows.
 
     Raises:
-        ValueError: if no conversation has a run of any of the lengths.
+        ValueError: if there is no run of any of the lengths.
     """
-    scorer, about = None, "not asked for"
+    scorer, about = None, "not requested"
     if options.bertscore_model is not None:
         try:
             scorer = BertScore(options.bertscore_model, options.bertscore_layer, options.device, options.batch_size)
@@ -221,17 +221,17 @@ def evaluate_reconstruction(model, processor, rows, options: ReconstructionOptio
             for run, original, answer in zip(runs, expected, answers, strict=True)
         ]
     if not table:
-        raise ValueError(f"No conversation has {min(options.utterances)} utterances: give a smaller number.")
+        raise ValueError(f"No conversation has {min(options.utterances)} utterances; give a smaller number.")
     return {"scores": table, "runs": counts, "bertscore": about, "without": without}, written
 
 
 def markdown(results: dict, written: list[dict], examples: int) -> str:
-    """The table beside the published row, and examples side by side."""
-    columns = [name for name in COLUMNS if any(name in row for row in results["scores"].values())]
+    """Format the table, with the published row, and examples with original and rebuilt text side by side."""
+    columns = [name for name in SCORE_COLUMNS if any(name in row for row in results["scores"].values())]
     lines = [
         "# Rebuilding utterances from their memory vectors (paper's Table 8)",
         f"{results['model']} on {results['data']}, split {results['split']}.",
-        "| utterances | runs | " + " | ".join(COLUMNS[name] for name in columns) + " |\n"
+        "| utterances | runs | " + " | ".join(SCORE_COLUMNS[name] for name in columns) + " |\n"
         + "| ---: | ---: |" + " ---: |" * len(columns) + "\n"
         + "".join(
             f"| {length} | {results['runs'][length]} | " + " | ".join(f"{row[name]:.3f}" for name in columns) + " |\n"
@@ -259,7 +259,7 @@ def markdown(results: dict, written: list[dict], examples: int) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text from corpora and models as text: nothing in it is markup."""
+    """Escape untrusted text for a Markdown table cell."""
     text = html.escape(text)
     for mark in "\\|`*_[]~":
         text = text.replace(mark, f"&#{ord(mark)};")
@@ -268,36 +268,36 @@ def _cell(text: str) -> str:
 
 def run(model: str, data: str, output: str | Path, options: ReconstructionOptions) -> dict:
     """
-    Evaluates a checkpoint on a data set; writes `reconstruction.json`, `reconstruction.md` and `reconstruction.jsonl`.
+    Evaluate a checkpoint on a data set; write `reconstruction.json`, `reconstruction.md` and `reconstruction.jsonl`.
 
     Args:
-        model: whole checkpoint, stage's folder or Hub id.
-        data: a prepared data set, a folder or Hub id.
-        output: folder to write.
+        model: whole checkpoint, stage folder or Hub id.
+        data: prepared data set, folder or Hub id.
+        output: output folder.
 
     Returns:
         The results, as in the JSON file.
     """
-    from datasets import load_dataset
+    from ..data_prep.loading import load_prepared
+    from ..processing_empathic import EmpathicProcessor
+    from ..trainers.checkpoints.stage_folder import load_model
 
-    from empathic.processing_empathic import EmpathicProcessor
-    from empathic.trainers.checkpoint import load_model
-
-    rows = load_dataset(data, split=options.split)
-    loaded, processor = load_model(model).to(options.device), EmpathicProcessor.from_pretrained(model)
-    found, written = evaluate_reconstruction(loaded, processor, rows, options)
-    results = {
-        "model": model,
-        "data": data,
-        "split": options.split,
-        **found,
-        "published": PUBLISHED,
-        "settings": asdict(options),
-        "versions": versions(),
-    }
-    folder = Path(output)
-    write_results(folder / "reconstruction.json", results)
-    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in written)
-    (folder / "reconstruction.jsonl").write_text(lines, encoding="utf-8")
-    (folder / "reconstruction.md").write_text(markdown(results, written, options.examples), encoding="utf-8")
-    return results
+    with held_table(output, "reconstruction"):
+        rows = load_prepared(data, options.split)
+        loaded, processor = load_model(model).to(options.device), EmpathicProcessor.from_pretrained(model)
+        found, written = evaluate_reconstruction(loaded, processor, rows, options)
+        results = {
+            "model": model,
+            "data": data,
+            "split": options.split,
+            **found,
+            "published": PUBLISHED,
+            "settings": asdict(options),
+            "versions": versions(),
+        }
+        folder = Path(output)
+        write_results(folder / "reconstruction.json", results)
+        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in written)
+        (folder / "reconstruction.jsonl").write_text(lines, encoding="utf-8")
+        (folder / "reconstruction.md").write_text(markdown(results, written, options.examples), encoding="utf-8")
+        return results

@@ -3,81 +3,87 @@
 import argparse
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-CLIPS = 200  # samples whose clips are kept
+CLIPS = 200  # number of samples whose clips are saved
 METRICS = ("bertscore", "emotion_score", "dist1", "corpus_dist1", "bleu1", "bleu4")
 
 
 def not_negative(text: str) -> int:
-    """A whole number from 0 up."""
+    """Parse an integer from 0 up."""
     value = int(text)
     if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is below 0")
+        raise argparse.ArgumentTypeError(f"{value} is below 0; give 0 or more")
     return value
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 up."""
+    """Parse an integer from 1 up."""
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
+        raise argparse.ArgumentTypeError(f"{value} is below 1; give 1 or more")
     return value
 
 
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
-    """How replies are made and where."""
+    """Add the options that all three commands share."""
     add = parser.add_argument
-    add("--split", default="test", help="of DATA, one that was not trained on (%(default)s)")
-    add("--max_samples", type=positive, metavar="N", help="only the first so many")
-    add("--batch_size", type=positive, default=16, metavar="N", help="replies made at once (%(default)s)")
-    add("--seed", type=int, default=0, help="of sampling and of the intervals (%(default)s)")
-    add("--confidence", type=float, default=0.95, help="of the intervals (%(default)s)")
-    add("--resamples", type=int, default=10000, metavar="N", help="draws of the intervals and tests (%(default)s)")
-    add("--device", help="such as cpu or cuda:0; a GPU if there is one by default")
-    add("--dtype", choices=DTYPES, default="auto", help="of the weights (%(default)s: as they were saved)")
-    add("--accelerate_config", metavar="FILE", help="of `accelerate launch`, to use several processes")
+    add("--split", default="test", help="split of DATA that was not trained on (%(default)s)")
+    add("--max_samples", type=positive, metavar="N", help="use only the first N samples")
+    add("--batch_size", type=positive, default=16, metavar="N", help="replies per batch (%(default)s)")
+    add("--seed", type=int, default=0, help="seed of sampling and of the intervals (%(default)s)")
+    add("--confidence", type=float, default=0.95, help="confidence level of the intervals (%(default)s)")
+    add("--resamples", type=int, default=10000, metavar="N", help="draws for the intervals and tests (%(default)s)")
+    add("--device", help="device such as cpu or cuda:0; by default a GPU if there is one")
+    add("--dtype", choices=DTYPES, default="auto", help="dtype of the weights (%(default)s: as saved)")
+    add("--accelerate_config", metavar="FILE", help="config of `accelerate launch`, for several processes")
 
 
 def add_dialogue_options(parser: argparse.ArgumentParser) -> None:
-    """Of Tables 1 and 2."""
+    """Add the options of `dialogue` and `ablation` (Tables 1 and 2)."""
     add = parser.add_argument
     add("--data", nargs="+", required=True, metavar="DATA", help="prepared data sets, folders or Hub ids")
-    add("--output", default="runs/evaluation", metavar="FOLDER", help="folder to write (%(default)s)")
-    add("--reply_speakers", nargs="+", metavar="NAME", help="whose replies, such as a corpus's assistant (everybody's)")
+    add("--output", default="runs/evaluation", metavar="FOLDER", help="output folder (%(default)s)")
+    add("--reply_speakers", nargs="+", metavar="NAME", help="speakers whose replies are predicted (all)")
     add("--baseline", metavar="NAME", help="system that the others are compared with (the first)")
     add(
         "--metrics", nargs="+", choices=METRICS, default=list(METRICS[:4]), metavar="METRIC",
-        help=f"of {', '.join(METRICS)} (without BLEU)",
+        help=f"any of {', '.join(METRICS)} (all but BLEU)",
     )  # fmt: skip
-    add("--classifier", default="SamLowe/roberta-base-go_emotions", help="of EmotionScore (%(default)s)")
-    add("--pooling", default="mean", help="of EmotionScore: mean, cls, head or probabilities (%(default)s)")
-    add("--bertscore_model", default="roberta-large", metavar="ID", help="Hub id or folder (%(default)s)")
-    add("--bertscore_layer", type=int, metavar="N", help="needed for a model in a folder")
-    add("--max_new_tokens", type=positive, default=64, metavar="N", help="length of a reply at most (%(default)s)")
-    add("--temperature", type=float, help="samples replies (the likeliest token each time)")
-    add("--top_p", type=float, help="with a temperature, from the likeliest tokens of so much probability")
+    add("--classifier", default="SamLowe/roberta-base-go_emotions", help="classifier of EmotionScore (%(default)s)")
+    add("--pooling", default="mean", help="pooling of EmotionScore: mean, cls, head or probabilities (%(default)s)")
+    add("--bertscore_model", default="roberta-large", metavar="ID", help="model, Hub id or folder (%(default)s)")
+    add("--bertscore_layer", type=int, metavar="N", help="layer of that model; needed if it is a folder")
+    add("--max_new_tokens", type=positive, default=64, metavar="N", help="maximum length of a reply (%(default)s)")
+    add("--temperature", type=float, help="sampling temperature (greedy decoding)")
+    add("--top_p", type=float, help="nucleus sampling with this probability; needs a temperature")
     add(
         "--clips", type=not_negative, default=CLIPS, metavar="N",
-        help="of a data set that holds its clips inside itself (`prepare --embed`), those of so many samples are kept "
-        "beside the replies, for the report and studies (%(default)s)",
+        help="if the data set stores clips as bytes (`prepare --embed`), save the clips of N samples next to the "
+        "replies, for the report and studies (%(default)s)",
     )  # fmt: skip
     add_generation_options(parser)
 
 
 def add_emotion_options(parser: argparse.ArgumentParser) -> None:
-    """Of Fig. 6."""
+    """Add the options of `emotion` (Fig. 6)."""
+    parser.add_argument(
+        "--inputs",
+        nargs="+",
+        metavar="ROW",
+        help="rows to evaluate: T, A, V, A+V, A+T, V+T, A+V+T (default: those of Fig. 6 whose inputs the data set has)",
+    )
     parser.add_argument("--data", required=True, metavar="DATA", help="prepared data set, folder or Hub id")
-    parser.add_argument("--output", default="runs/evaluation", metavar="FOLDER", help="folder to write (%(default)s)")
+    parser.add_argument("--output", default="runs/evaluation", metavar="FOLDER", help="output folder (%(default)s)")
     add_generation_options(parser)
 
 
 def as_arguments(options: argparse.Namespace, add, positional: str) -> list[str]:
     """
-    The options as a command line that gives them again, without `--accelerate_config`.
+    Convert parsed options back to command line arguments, without `--accelerate_config`.
 
     Args:
-        options: parsed ones.
-        add: function that added them to their parser.
-        positional: the name of what stands before them.
+        options: the parsed options.
+        add: function that added the options to their parser.
+        positional: name of the positional argument before the options.
     """
     parser = argparse.ArgumentParser()
     add(parser)

@@ -1,10 +1,11 @@
-"""What every evaluation writes beside its numbers."""
+"""Write results as JSON, with the versions of the packages."""
 
-import json
-import os
 import platform
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from ..files import held_folder, write_json
 
 PACKAGES = (
     "empathic",
@@ -20,7 +21,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str | None]:
-    """Python's and the packages' versions; None for one that is not installed."""
+    """The versions of Python and of the packages; None if a package is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -30,9 +31,17 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def held_table(output: str | Path, table: str, state=None) -> AbstractContextManager:
+    """
+    Hold the output folder for one table; the commands for other tables may write to it at the same time. Of the
+    processes of a launch, `state` of `accelerate`, the main process holds it.
+    """
+    if state is not None and not state.is_main_process:
+        return nullcontext()
+    return held_folder(output, f"empathic evaluate {table}", f".{table}.lock")
+
+
 def write_results(path: Path, results: dict) -> None:
-    """Writes the whole JSON file or nothing."""
+    """Write the JSON file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_json(path, results, ensure_ascii=False, allow_nan=False)

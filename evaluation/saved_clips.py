@@ -1,8 +1,8 @@
 """
-Clips that a data set holds inside itself, as files beside the replies that were given to them.
+Save the clips that a data set stores as bytes as files next to the replies.
 
-    OUT/NAME.jsonl            names such a clip by the SHA-256 of its bytes, its `digest`
-    OUT/clips/DIGEST.SUFFIX   the clip, once for all systems
+    OUT/NAME.jsonl            refers to a clip by its `digest`, the SHA-256 of its bytes
+    OUT/clips/DIGEST.SUFFIX   the clip, saved once for all systems
 """
 
 import hashlib
@@ -11,42 +11,69 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..data_prep.clip_digests import Digests
+from ..files import atomic_path
+from ..media_empathic import MediaError
+
 FOLDER = "clips"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SUFFIX = re.compile(r"\.[a-z0-9]{1,5}")
 
 
 def digest_of(content: bytes) -> str:
-    """The name of a clip: 64 hexadecimal digits."""
+    """The SHA-256 of a clip's bytes, 64 hexadecimal digits; names the clip."""
     return hashlib.sha256(content).hexdigest()
 
 
 def order_of(name: str) -> bytes:
-    """Samples sorted by this stand in an order that has nothing to do with their contents, and is always the same."""
+    """A sort key that gives a reproducible pseudorandom order of samples."""
     return hashlib.sha256(name.encode()).digest()
 
 
 def saved_clips(replies: str | os.PathLike) -> dict[str, Path]:
-    """The clips beside a file of replies, by their digests."""
+    """The saved clips next to a file of replies: digest -> path."""
     folder = Path(replies).parent / FOLDER
     files = folder.iterdir() if folder.is_dir() else ()
     return {file.stem: file for file in files if _DIGEST.fullmatch(file.stem)}
 
 
 def parts_of(prompt: Sequence[dict]) -> list[dict]:
-    """What the messages hold, other than plain strings."""
+    """All content items of the messages; messages with a plain string as content have none."""
     return [part for message in prompt if not isinstance(message["content"], str) for part in message["content"]]
+
+
+def changed_clip(prompt: Sequence[dict], rows: Sequence[dict]) -> str | None:
+    """
+    Find a clip file that was replaced after a system replied to it.
+
+    Args:
+        prompt: the messages of a sample.
+        rows: the rows of the systems' replies to it, see `replies.write_replies`.
+
+    Returns:
+        The path of the file; None if there is no such file, or the rows do not say what the systems got.
+    """
+    digests = Digests(new_hash=hashlib.sha256)
+    for part in parts_of(prompt[-1:]):
+        got = {digest for row in rows if (digest := (row.get("clips") or {}).get(part.get("type")))}
+        if got and part.get("path") and not part.get("digest"):
+            try:
+                if got != {digests.of({"path": part["path"]})}:
+                    return part["path"]
+            except MediaError:
+                pass  # who opens the clip reports it
+    return None
 
 
 def save_clips(replies: str | os.PathLike, rows: Sequence[dict], samples: Sequence[dict], count: int) -> None:
     """
-    Writes the clips of some samples beside a file of replies, each whole or not at all. What is there stays.
+    Write the clips of some samples next to a file of replies. Each clip is written atomically; existing files stay.
 
     Args:
-        replies: the file, which need not be there yet.
-        rows: its lines.
-        samples: what was replied to, in the same order; only those whose clips are missing are read.
-        count: of the samples with such clips, those so many that come first by `order_of`.
+        replies: the file of replies, which need not exist yet.
+        rows: the rows of that file.
+        samples: the samples in the same order; only samples with missing clips are read.
+        count: number of samples with such clips to save: the first by `order_of`.
     """
     digests = [{part["digest"] for part in parts_of(row["prompt"]) if part.get("digest")} for row in rows]
     places = sorted((place for place in range(len(rows)) if digests[place]), key=lambda at: order_of(rows[at]["id"]))
@@ -63,10 +90,8 @@ def _write(content: bytes, name: str | None, folder: Path) -> str:
     target = folder / f"{digest}{suffix if _SUFFIX.fullmatch(suffix) else ''}"
     if not target.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{target.name}.{os.getpid()}.tmp"
-        with open(partial, "wb") as file:
+        with atomic_path(target) as partial, open(partial, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, target)
     return digest

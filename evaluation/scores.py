@@ -1,4 +1,4 @@
-"""Saved replies of several systems -> metrics with confidence intervals, and who differs from whom (Tables 1 and 2)."""
+"""Score the saved replies of several systems: metrics, confidence intervals and comparisons (Tables 1 and 2)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,18 +6,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from empathic.evaluation.emotion_features import GO_EMOTIONS, POOLINGS, EmotionFeatures
-from empathic.evaluation.metrics import bleu_counts, bleu_of_counts, corpus_dist_n, dist_n_scores, emotion_scores
-from empathic.evaluation.modules.bertscore.bert_similarity import BertScore
-from empathic.evaluation.replies import conversation_of
-from empathic.evaluation.statistics_of_replies import (
-    Draws,
-    add_adjusted,
-    compare_means,
-    compare_metric,
-    mean_interval,
-    metric_interval,
-)
+from .emotion_features import GO_EMOTIONS, POOLINGS, EmotionFeatures
+from .metrics import bleu_counts, bleu_of_counts, corpus_dist_n, dist_n_scores, emotion_scores
+from .modules.bertscore.bert_similarity import BertScore
+from .replies import conversation_of
+from .statistics_of_replies import Draws, add_adjusted, compare_means, compare_metric, mean_interval, metric_interval
 
 METRICS = {
     "bertscore": "BERTScore",
@@ -33,16 +26,16 @@ DEFAULT_METRICS = ("bertscore", "emotion_score", "dist1", "corpus_dist1")
 @dataclass(frozen=True)
 class Scoring:
     """
-    What is computed.
+    The options of `score_replies`.
 
     Args:
-        metrics: of `METRICS`.
-        classifier, pooling: of EmotionScore, see `EmotionFeatures`.
-        bertscore_model, bertscore_layer: of BERTScore, see `BertScore`.
-        confidence: of the intervals, 0 to 1.
-        resamples: draws, and permutations, of a mean; of BLEU a tenth of it.
-        seed: of the draws.
-        device: where the metrics' models run; a GPU if there is one by default.
+        metrics: names from `METRICS`.
+        classifier, pooling: options of EmotionScore, see `EmotionFeatures`.
+        bertscore_model, bertscore_layer: options of BERTScore, see `BertScore`.
+        confidence: confidence level of the intervals, 0 to 1.
+        resamples: number of bootstrap draws and of permutations for a mean; BLEU uses a tenth.
+        seed: seed of the draws.
+        device: device of the models behind the metrics; by default a GPU if there is one.
     """
 
     metrics: Sequence[str] = DEFAULT_METRICS
@@ -58,7 +51,7 @@ class Scoring:
     def __post_init__(self):
         unknown = [name for name in self.metrics if name not in METRICS]
         if unknown or not self.metrics:
-            raise ValueError(f"There is no metric {', '.join(unknown)!r}; take some of {', '.join(METRICS)}.")
+            raise ValueError(f"Unknown metric {', '.join(unknown)!r}; choose from {', '.join(METRICS)}.")
         if self.pooling not in POOLINGS:
             raise ValueError(f"The pooling {self.pooling!r} is not one of {', '.join(POOLINGS)}.")
         if not 0 < self.confidence < 1:
@@ -69,7 +62,7 @@ class Scoring:
 
 @dataclass(frozen=True)
 class _Sampling:
-    """The rows' conversations, and how they are drawn: for means, and for metrics that are computed for each draw."""
+    """The conversation of each row, and the draws: `many` for means, `few` for metrics called once per draw."""
 
     conversations: list[str]
     many: Draws
@@ -77,12 +70,12 @@ class _Sampling:
 
     @property
     def possible(self) -> bool:
-        """How far conversations differ, at least two are needed to tell."""
+        """Whether intervals can be computed: resampling needs at least two conversations."""
         return len(set(self.conversations)) > 1
 
 
 class _MeanMetric:
-    """Mean of a score a reply: `scores[name]` (replies,)."""
+    """A mean of scores per reply: `scores[name]` (replies,)."""
 
     def __init__(self, scores: dict[str, np.ndarray]):
         self.scores = scores
@@ -98,7 +91,7 @@ class _MeanMetric:
 
 
 class _BleuMetric:
-    """BLEU of the corpus, from the counts of each reply: `counts[name]` (replies, counts)."""
+    """Corpus BLEU, from the counts of each reply: `counts[name]` (replies, counts)."""
 
     def __init__(self, counts: dict[str, np.ndarray]):
         self.counts = counts
@@ -123,8 +116,8 @@ class _BleuMetric:
 
 class _CorpusDist:
     """
-    Dist-1 of all replies together. It has no interval: conversations that are drawn twice lower it by construction, so
-    that the draws say nothing of the value. For the same reason there is no test.
+    Dist-1 of all replies together. It has no interval and no test: a conversation that is drawn twice lowers Dist-1 by
+    construction, so the bootstrap is not valid for it.
     """
 
     def __init__(self, texts: dict[str, list[str]]):
@@ -142,22 +135,21 @@ class _CorpusDist:
 
 def score_replies(replies: dict[str, list[dict]], scoring: Scoring, pairs: Sequence[tuple[str, str]]) -> dict:
     """
-    All metrics of all systems.
+    Compute all metrics of all systems, and compare pairs of systems.
 
-    A reply that is empty counts: it scores 0. A sample whose true reply is blank cannot be scored, and is left out for
-    all systems.
+    An empty reply scores 0. A sample whose true reply is blank cannot be scored, and is left out for all systems.
 
     Args:
-        replies: of each system what `read_replies` gives, of the same samples in the same order.
-        scoring: what is computed.
-        pairs: systems (a, b) that are compared.
+        replies: the replies of each system as returned by `read_replies`, for the same samples in the same order.
+        scoring: the metrics and their options.
+        pairs: the pairs of systems (a, b) to compare.
 
     Returns:
-        `systems`: {name: `metrics`: {metric: `mean`, `low`, `high`}, `count`, `empty`: replies without a word, `notes`:
-        [{`id`, `note`}] of the systems, `histograms`: {metric: `edges`, `counts` of replies}};
-        `comparisons`: [`a`, `b`, `metric`, `difference` (a - b), `low`, `high`, `p`, and `p_holm`, adjusted for all of
-        them];
-        `computed_by`: {metric: what computed it}; `skipped`: {metric: why}; `left_out`: [{`id`, `reason`}].
+        `systems`: {name: `metrics`: {metric: `mean`, `low`, `high`}, `count`, `empty`: number of empty replies,
+        `notes`: [{`id`, `note`}] of the systems, `histograms`: {metric: `edges`, `counts` of replies}};
+        `comparisons`: [`a`, `b`, `metric`, `difference` (a - b), `low`, `high`, `p`, and `p_holm`, adjusted for all
+        comparisons];
+        `computed_by`: {metric: description}; `skipped`: {metric: reason}; `left_out`: [{`id`, `reason`}].
 
     Raises:
         ValueError: if the systems did not answer the same samples, or there is nothing to score.
@@ -212,7 +204,7 @@ def score_replies(replies: dict[str, list[dict]], scoring: Scoring, pairs: Seque
 
 
 def _histogram(scores: np.ndarray) -> dict[str, list]:
-    """How many of the scores, which lie between -1 and 1, are in each of 40 bins."""
+    """A histogram of scores between -1 and 1, with 40 bins."""
     counts, edges = np.histogram(np.clip(scores, -1, 1), bins=40, range=(-1, 1))
     return {"edges": [round(edge, 2) for edge in edges.tolist()], "counts": counts.tolist()}
 
@@ -224,7 +216,7 @@ def _with_interval(values, name: str, sampling: _Sampling) -> dict:
 
 
 def _metrics(texts: dict[str, list[str]], references: list[str], scoring: Scoring) -> tuple[dict, dict, dict]:
-    """(metric -> values of all systems, metric -> what computed it, metric -> why it is not there), in table order."""
+    """Return (metric -> values of all systems, metric -> description, skipped metric -> reason), in table order."""
     found, computed_by, skipped = {}, {}, {}
     device = scoring.device or ("cuda" if torch.cuda.is_available() else "cpu")
     for metric in METRICS:
@@ -250,7 +242,7 @@ def _metrics(texts: dict[str, list[str]], references: list[str], scoring: Scorin
             found[metric] = _MeanMetric(values)
         elif metric == "dist1":
             computed_by[metric] = "unique words / words of each reply, averaged"
-            # Only a text without any token has none; the reader of the table is told how many are empty.
+            # Only an empty reply has the score nan; the table also shows the number of empty replies.
             found[metric] = _MeanMetric({n: np.nan_to_num(dist_n_scores(said, 1, True)) for n, said in texts.items()})
         elif metric == "corpus_dist1":
             computed_by[metric] = "unique words / words of all replies together; falls with their number"

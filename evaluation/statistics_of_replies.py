@@ -1,8 +1,8 @@
-"""How sure a score is: bootstrap confidence intervals, and whether two systems differ on the same prompts.
+"""Bootstrap confidence intervals of metrics, and paired tests of whether two systems differ on the same prompts.
 
-Replies within a conversation are alike, so conversations are drawn, not replies; without ids each reply stands for one.
-A metric is either the mean of scores a reply (EmotionScore, Dist-1, BERTScore, accuracy), which is computed for all
-draws at once, or any function of rows (BLEU, corpus Dist-1, mean recall), which is called once a draw:
+Replies within a conversation are correlated, so the bootstrap draws conversations, not replies; without conversation
+ids, each reply counts as a conversation. A metric is either a mean of scores per reply (EmotionScore, Dist-1,
+BERTScore, accuracy), computed for all draws at once, or any function of rows (BLEU, mean recall), called once per draw:
 
     mean_interval(scores, conversations)
     compare_means(ours, theirs, conversations)
@@ -10,9 +10,9 @@ draws at once, or any function of rows (BLEU, corpus Dist-1, mean recall), which
     counts = bleu_counts(predictions, references)
     metric_interval(lambda rows: bleu_of_counts(counts[rows].sum(0)), len(predictions), conversations)
 
-The interval is the bias-corrected and accelerated bootstrap (BCa; Efron, 1987), or the plain percentiles. The p-value
-is that of a paired permutation test, two-sided: under the null hypothesis the two systems may change places in any
-conversation. Same seed, same numbers. Where several systems or metrics are compared, `holm` adjusts the p-values.
+The interval is the bias-corrected and accelerated bootstrap (BCa; Efron, 1987), or plain percentiles. The p-value comes
+from a two-sided paired permutation test: under the null hypothesis the two systems are exchangeable in every
+conversation. Results are deterministic for a given seed. `holm` adjusts the p-values of several comparisons.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -23,26 +23,26 @@ import numpy as np
 
 ADJUSTED = "adjusted for all comparisons of this table (Holm-Bonferroni)"
 METHODS = ("bca", "percentile")
-AT_ONCE = 2**22  # drawn numbers held at once
+AT_ONCE = 2**22  # drawn numbers kept in memory at once
 _NORMAL = NormalDist()
 
-Metric = Callable[[np.ndarray], float]  # rows (n,) of int, some of them several times -> the metric of these rows
+Metric = Callable[[np.ndarray], float]  # row indices (n,), maybe with repeats -> metric of these rows
 
 
 @dataclass(frozen=True)
 class Draws:
     """
-    How intervals and p-values are drawn.
+    The options of the bootstrap and of the permutation test.
 
     Args:
-        confidence: how often an interval holds the true value, 0 to 1.
-        resamples: how often conversations are drawn, as many as there are, with replacement; and how many permutations
-            are tried, or all that there are where these are no more: then the p-value is exact.
-        seed: of the draws.
+        confidence: confidence level of an interval, 0 to 1.
+        resamples: number of bootstrap draws; and number of random permutations, unless there are no more possible
+            permutations than that: then all are tried, and the p-value is exact.
+        seed: seed of the draws.
         method: `bca`, corrected for median bias and skewness, or `percentile`.
 
     Raises:
-        ValueError: for one that is out of range.
+        ValueError: if an option is out of range.
     """
 
     confidence: float = 0.95
@@ -56,11 +56,11 @@ class Draws:
         if not 0 < self.confidence < 1:
             raise ValueError(f"The confidence is {self.confidence}; give a share between 0 and 1, such as 0.95.")
         if self.resamples < 1:
-            raise ValueError(f"There are to be {self.resamples} resamples; give 1 or more.")
+            raise ValueError(f"The number of resamples is {self.resamples}; give 1 or more.")
 
 
 MANY = Draws()
-FEW = Draws(resamples=1000)  # for metrics that are called once a draw
+FEW = Draws(resamples=1000)  # for metrics that are called once per draw
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ class Interval:
 
     Args:
         value: the metric of all rows.
-        low, high: ends of the interval; `value` itself where no draw gives another one.
-        rows, conversations: how many there are.
-        draws: how it was drawn.
+        low, high: ends of the interval; both equal `value` if all draws do.
+        rows, conversations: number of rows and of conversations.
+        draws: options of the bootstrap.
     """
 
     value: float
@@ -89,15 +89,15 @@ class Interval:
 @dataclass(frozen=True)
 class Comparison:
     """
-    Two systems on the same prompts.
+    A comparison of two systems on the same prompts.
 
     Args:
-        a, b: the metric of each.
+        a, b: the metric of each system.
         difference: `a - b` with its confidence interval.
-        p_value: how often a difference at least as large, in either direction, comes about when the systems change
-            places at random.
-        permutations: how many such exchanges were tried.
-        exact: whether these were all that there are.
+        p_value: probability of a difference at least as large, in either direction, when the systems are exchanged at
+            random.
+        permutations: number of permutations tried.
+        exact: whether these were all possible permutations.
     """
 
     a: float
@@ -120,18 +120,18 @@ def mean_interval(
     draws: Draws = MANY,
 ) -> Interval:
     """
-    The mean of scores with its confidence interval.
+    Compute the mean of scores with its confidence interval.
 
     Args:
-        scores: of each reply.
-        conversations: id of the conversation that each reply stands in; without it each is one by itself.
-        draws: how often it is drawn, and so on.
+        scores: the score of each reply.
+        conversations: the conversation id of each reply; by default each reply counts as a conversation.
+        draws: options of the bootstrap.
 
     Raises:
-        ValueError: for a score that is no finite number, naming its row, lists of unequal length, or fewer than two
-            conversations.
+        ValueError: if a score is not finite (the message has its row), the lists have different lengths, or there are
+            fewer than two conversations.
 
-    Example: scores 0 and 1 of one conversation and 1 of another: 2/3. A draw gives 1/2, 2/3 or 1.
+    Example: scores 0 and 1 in one conversation and 1 in another have the mean 2/3. A draw gives 1/2, 2/3 or 1.
     """
     scores = _check_scores(scores, "scores")
     groups = _groups(len(scores), conversations)
@@ -146,16 +146,16 @@ def metric_interval(
     draws: Draws = FEW,
 ) -> Interval:
     """
-    Any metric of a corpus with its confidence interval.
+    Compute any metric of a corpus with its confidence interval.
 
     Args:
-        metric: a function of the numbers of rows, some of them several times.
-        rows: how many rows there are.
-        conversations, draws: as in `mean_interval`. The metric is called once a resample, and under `bca` once more for
-            each conversation.
+        metric: a function of an array of row indices, which may contain repeats.
+        rows: number of rows.
+        conversations, draws: as in `mean_interval`. The metric is called once per resample, and with `bca` also once
+            per conversation.
 
     Raises:
-        ValueError: as `mean_interval`, and for a metric that is no finite number.
+        ValueError: as `mean_interval`, and if the metric is not finite.
     """
     groups = _groups(rows, conversations)
     return _interval(_over_rows(metric, groups), rows, groups, draws)
@@ -171,16 +171,16 @@ def compare_means(
     draws: Draws = MANY,
 ) -> Comparison:
     """
-    Two systems by the mean of their scores, of the same prompts in the same order.
+    Compare two systems by their mean scores on the same prompts, in the same order.
 
     Args:
-        a, b: the scores of each reply.
+        a, b: the score of each reply.
         conversations, draws: as in `mean_interval`.
 
     Raises:
         ValueError: as `mean_interval`.
 
-    Example: a = (1, 1), b = (0, 0), two conversations: of the 4 exchanges 2 give a difference of 1 or -1, so p = 0.5.
+    Example: a = (1, 1), b = (0, 0), two conversations: 2 of the 4 permutations give a difference of 1 or -1; p is 0.5.
     """
     a, b = _check_scores(a, "a"), _check_scores(b, "b")
     if len(a) != len(b):
@@ -202,16 +202,16 @@ def compare_metric(
     draws: Draws = FEW,
 ) -> Comparison:
     """
-    Two systems by any metric of a corpus, of the same prompts in the same order.
+    Compare two systems by any metric of a corpus, on the same prompts in the same order.
 
     Args:
-        metric: a function of the numbers of rows of both systems' replies, one list after the other: row `i` is the
-            first system's reply to prompt `i`, row `rows + i` the second one's.
-        rows: how many prompts there are.
-        conversations, draws: as in `mean_interval`. The metric is called twice a resample and twice a permutation.
+        metric: a function of row indices into the concatenated replies of both systems: row `i` is the first system's
+            reply to prompt `i`, row `rows + i` the second system's reply.
+        rows: number of prompts.
+        conversations, draws: as in `mean_interval`. The metric is called twice per resample and twice per permutation.
 
     Raises:
-        ValueError: as `mean_interval`, and for a metric that is no finite number.
+        ValueError: as `mean_interval`, and if the metric is not finite.
 
     Example: `counts = bleu_counts([*ours, *theirs], [*references, *references])`, then
     `compare_metric(lambda rows: bleu_of_counts(counts[rows].sum(0)), len(ours))`.
@@ -239,17 +239,17 @@ def compare_metric(
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """
-    The p-values of several tests, adjusted by Holm's step-down method: to call all those below 0.05 different is wrong
-    about any of them in 5 % of cases at most, however the tests depend on each other.
+    Adjust the p-values of several tests by Holm's step-down method. If every adjusted value below 0.05 is called
+    significant, the probability of any false positive is at most 5 %, however the tests depend on each other.
 
     S. Holm, "A simple sequentially rejective multiple test procedure" (1979).
 
     Args:
-        p_values: of all tests that are looked at together, each 0 to 1.
+        p_values: the p-values of all tests that are considered together, each 0 to 1.
 
     Returns:
-        as many, in the same order: the least times their number, the next times one less, and so on, none below the one
-        before it nor above 1.
+        The adjusted p-values in the same order: the smallest of n p-values times n, the next times n - 1, and so on,
+        each at least the previous adjusted value and at most 1.
 
     Example: 0.01, 0.04, 0.03 and 0.005 become 0.03, 0.06, 0.06 and 0.02.
     """
@@ -261,7 +261,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def add_adjusted(comparisons: Sequence[dict]) -> None:
-    """Adds to the rows of a table, which have a `p`, what `holm` makes of it, as `p_holm`."""
+    """Add `p_holm`, the value of `p` adjusted by `holm`, to the rows of a table."""
     for row, adjusted in zip(comparisons, holm([row["p"] for row in comparisons]), strict=True):
         row["p_holm"] = adjusted
 
@@ -272,24 +272,24 @@ def add_adjusted(comparisons: Sequence[dict]) -> None:
 def _check_scores(scores: Sequence[float], name: str) -> np.ndarray:
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 1:
-        raise ValueError(f"{name} has the shape {values.shape}; give one number a reply.")
+        raise ValueError(f"{name} has the shape {values.shape}; give one number per reply.")
     wrong = np.flatnonzero(~np.isfinite(values))
     if len(wrong):
-        raise ValueError(f"{name}, row {wrong[0]}: {values[wrong[0]]} is no finite number; leave the row out.")
+        raise ValueError(f"{name}, row {wrong[0]}: {values[wrong[0]]} is not a finite number; leave the row out.")
     return values
 
 
 def _groups(rows: int, conversations: Sequence[Hashable] | None) -> list[np.ndarray]:
-    """The rows of each conversation, in the order in which the conversations first come."""
+    """The rows of each conversation, in the order in which the conversations first appear."""
     if conversations is None:
         conversations = range(rows)
     if len(conversations) != rows:
-        raise ValueError(f"There are {rows} rows but {len(conversations)} ids of conversations.")
+        raise ValueError(f"There are {rows} rows but {len(conversations)} conversation ids; give one id per row.")
     members: dict[Hashable, list[int]] = {}
     for row, name in enumerate(conversations):
         members.setdefault(name, []).append(row)
     if len(members) < 2:
-        raise ValueError(f"There is {len(members)} conversation; how far such differ, at least two are needed to tell.")
+        raise ValueError(f"The number of conversations is {len(members)}; resampling needs at least two.")
     return [np.array(found) for found in members.values()]
 
 
@@ -297,7 +297,7 @@ def _finite(metric: Metric) -> Metric:
     def checked(rows: np.ndarray) -> float:
         value = float(metric(rows))
         if not np.isfinite(value):
-            raise ValueError(f"The metric is {value} for {len(rows)} rows; it must be a finite number for any choice.")
+            raise ValueError(f"The metric is {value} for {len(rows)} rows; it must be finite for any choice of rows.")
         return value
 
     return checked
@@ -307,12 +307,12 @@ def _finite(metric: Metric) -> Metric:
 
 
 def _sums(scores: np.ndarray, groups: list[np.ndarray]) -> np.ndarray:
-    """(2, conversations): sum of the scores, and number of rows, of each."""
+    """Return (2, conversations): the sum of the scores and the number of rows of each conversation."""
     return np.array([[scores[members].sum() for members in groups], [len(members) for members in groups]])
 
 
 def _mean_of(drawn: np.ndarray, sums: np.ndarray) -> np.ndarray:
-    """(draws, conversations) numbers of conversations -> (draws,) mean over their rows."""
+    """Map (draws, conversations) conversation indices to (draws,) means over their rows."""
     return sums[0][drawn].sum(-1) / sums[1][drawn].sum(-1)
 
 
@@ -326,7 +326,7 @@ def _over_rows(metric: Metric, groups: list[np.ndarray]) -> Callable[[np.ndarray
 
 
 def _interval(statistic, rows: int, groups, draws: Draws) -> Interval:
-    """`statistic` takes (draws, conversations) numbers of conversations and gives (draws,) values."""
+    """Bootstrap `statistic`, which maps (draws, conversations) conversation indices to (draws,) values."""
     number = len(groups)
     value = float(statistic(np.arange(number)[None])[0])
     rng, values = np.random.default_rng(draws.seed), []
@@ -342,7 +342,7 @@ def _interval(statistic, rows: int, groups, draws: Draws) -> Interval:
 
 
 def _bca_ends(value, values, statistic, number, ends) -> tuple[float, float]:
-    """Which quantiles of the draws make up the interval (Efron and Tibshirani, 1993, Eq. 14.10)."""
+    """The quantiles of the draws that bound the interval (Efron and Tibshirani, 1993, Eq. 14.10)."""
     below = (np.mean(values < value) + np.mean(values <= value)) / 2
     if not 0 < below < 1:  # all draws on one side: a bias that cannot be corrected, or no spread at all
         return ends
@@ -362,13 +362,16 @@ def _bca_ends(value, values, statistic, number, ends) -> tuple[float, float]:
 
 def _permutation_test(differences, number: int, draws: Draws) -> tuple[float, int, bool]:
     """
-    The two-sided p-value of `differences`, which takes (permutations, conversations) of bool: who changes places.
+    Compute a two-sided p-value.
+
+    Args:
+        differences: maps (permutations, conversations) bool, true where the systems are exchanged, to (permutations,).
 
     Returns:
-        the p-value, how many permutations were tried, and whether these were all.
+        The p-value, the number of permutations tried, and whether these were all possible permutations.
     """
     observed = abs(differences(np.zeros((1, number), dtype=bool))[0])
-    at_least = observed * (1 - 1e-9) - 1e-12  # the same difference summed up in another order
+    at_least = observed * (1 - 1e-9) - 1e-12  # tolerance for a different order of summation
     exact = number < 63 and 2**number <= draws.resamples
     tried = 2**number if exact else draws.resamples
     rng, hits = np.random.default_rng(draws.seed), 0
@@ -380,5 +383,5 @@ def _permutation_test(differences, number: int, draws: Draws) -> tuple[float, in
         else:
             swapped = rng.random((stop - start, number)) < 0.5
         hits += int((np.abs(differences(swapped)) >= at_least).sum())
-    # What was observed is one of the permutations: drawn ones get it added, so that no p-value is 0.
+    # The observed assignment is itself a permutation: random draws count it too, so that no p-value is 0.
     return (hits / tried if exact else (hits + 1) / (tried + 1)), tried, exact

@@ -1,14 +1,14 @@
-"""Tables of text, and the rows of the quickstart: replies and rewards (Table 2)."""
+"""Plain text tables, and the rows of the quickstart: replies and rewards (Table 2)."""
 
 from pathlib import Path
 
-from empathic.evaluation.metrics import dist_1, emotion_score
-from empathic.trainers.epo_config import EPOConfig
-from empathic.trainers.epo_trainer import EPOTrainer
+from ..trainers.epo_config import EPOConfig
+from ..trainers.epo_trainer import EPOTrainer
+from .metrics import dist_1, emotion_score
 
 
 def table(header: list[str], rows: list[list]) -> str:
-    """A plain text table; numbers with three places."""
+    """Format a plain text table; floats have three decimal places."""
     cells = [header] + [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     numeric = [any(isinstance(row[i], (int, float)) for row in rows) for i in range(len(header))]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
@@ -23,30 +23,38 @@ def table(header: list[str], rows: list[list]) -> str:
 
 
 def with_interval(values: dict, mark: str = "") -> str:
-    """`{"mean", "low", "high"}` as text, the ends where there are any: `0.412 [0.398, 0.430]`."""
+    """Format `{"mean", "low", "high"}` as `0.412 [0.398, 0.430]`, or as the mean alone if there is no interval."""
     ends = "" if values["low"] is None else f" [{values['low']:.3f}, {values['high']:.3f}]"
     return f"{values['mean']:.3f}{ends}{mark}"
 
 
 def reply_row(replies: list[str], references: list[str], features) -> dict[str, float]:
-    """EmotionScore and Dist-1 of replies (Sec. 4.4); a reply that is empty scores 0 in both."""
+    """EmotionScore and Dist-1 of replies (Sec. 4.4); an empty reply scores 0 in both."""
     return {
         "emotion_score": emotion_score(replies, references, features, allow_empty=True),
         "dist1": dist_1(replies, allow_empty=True),
     }
 
 
-def reward_row(model, processor, pairs, output_dir: str | Path, batch_size: int = 16) -> dict[str, float]:
+def preference_metrics(model, processor, pairs, output_dir: str | Path, batch_size: int = 16) -> dict[str, float]:
     """
-    How often, and by how much, the reward of Eq. 1 prefers the true reply of preference rows.
+    Evaluate preference rows with the default settings of EPO (`beta` 2); return the trainer's metrics, such as
+    `eval_rewards/margins`, and `eval_logps/rejected` in nats per token.
 
     Args:
         pairs: preference rows of held-out conversations.
-        output_dir: scratch folder of the trainer.
+        output_dir: scratch folder for the trainer.
     """
     arguments = EPOConfig(
         output_dir=str(output_dir), per_device_eval_batch_size=batch_size, report_to="none", disable_tqdm=True
     )
-    trainer = EPOTrainer(model=model, args=arguments, eval_dataset=pairs, processing_class=processor)
-    metrics = trainer.evaluate()
+    return EPOTrainer(model=model, args=arguments, eval_dataset=pairs, processing_class=processor).evaluate()
+
+
+def reward_row(model, processor, pairs, output_dir: str | Path, batch_size: int = 16) -> dict[str, float]:
+    """
+    Compute how often, and by what margin, the reward of Eq. 1 prefers the true reply. Arguments as in
+    `preference_metrics`.
+    """
+    metrics = preference_metrics(model, processor, pairs, output_dir, batch_size)
     return {"reward_accuracy": metrics["eval_rewards/accuracies"], "margin": metrics["eval_rewards/margins"]}

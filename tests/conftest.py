@@ -23,6 +23,17 @@ import torch
 torch.set_num_threads(1)
 
 
+def mux_sound(container, stream, samples, layout, sampling_rate):
+    """Encodes (channels, samples) floats into a stream of a container."""
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples, dtype=np.float32), "fltp", layout)
+    frame.sample_rate = sampling_rate
+    context = stream.codec_context
+    convert = av.AudioResampler(context.format, layout, sampling_rate, frame_size=context.frame_size or None)
+    for piece in convert.resample(frame) + convert.resample(None):
+        container.mux(stream.encode(piece))
+    container.mux(stream.encode(None))
+
+
 def encode_media(
     path,
     *,
@@ -35,6 +46,8 @@ def encode_media(
     video_codec="libx264",
     audio_codec="aac",
     rotation=None,
+    mirrored=False,
+    pixel=None,
     video_options=None,
     container_options=None,
     format=None,
@@ -43,7 +56,8 @@ def encode_media(
 
     frames: (frames, height, width, 3) uint8, or None for no picture. times: when each frame appears, in milliseconds (a
     variable frame rate), else `fps`. samples: (channels, samples) floats for the channel `layout`, or None for silence.
-    rotation: degrees, counter-clockwise, that a player has to turn the picture by.
+    rotation: degrees, counter-clockwise, that a player has to turn the picture by; mirrored: it then has to mirror it
+    left to right. pixel: width of a pixel by its height.
     """
     with av.open(str(path), "w", format=format, container_options=container_options or {}) as container:
         video = audio = None
@@ -55,8 +69,10 @@ def encode_media(
             video.pix_fmt = "yuvj420p" if video_codec == "mjpeg" else "yuv420p" if even else "yuv444p"
             if times is not None:
                 video.codec_context.time_base = Fraction(1, 1000)
-            if rotation is not None:
-                video.set_display_rotation(rotation)
+            if rotation is not None or mirrored:
+                video.set_display_rotation(rotation or 0, hflip=mirrored)
+            if pixel is not None:
+                video.codec_context.sample_aspect_ratio = Fraction(pixel)
         if samples is not None:
             audio = container.add_stream(audio_codec, rate=sampling_rate, layout=layout)
         for place, pixels in enumerate(frames if frames is not None else []):
@@ -67,13 +83,7 @@ def encode_media(
         if video is not None:
             container.mux(video.encode(None))
         if audio is not None:
-            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples, dtype=np.float32), "fltp", layout)
-            frame.sample_rate = sampling_rate
-            context = audio.codec_context
-            convert = av.AudioResampler(context.format, layout, sampling_rate, frame_size=context.frame_size or None)
-            for piece in convert.resample(frame) + convert.resample(None):
-                container.mux(audio.encode(piece))
-            container.mux(audio.encode(None))
+            mux_sound(container, audio, samples, layout, sampling_rate)
     return path
 
 
@@ -81,6 +91,37 @@ def encode_media(
 def write_media():
     """The function `encode_media`."""
     return encode_media
+
+
+def encode_tracks(path, sounds=(), pictures=()):
+    """Write a file with several tracks: ((channels, samples) at 16 kHz, layout, disposition) of each sound, and (gray
+    level, disposition) of each picture."""
+    with av.open(str(path), "w") as container:
+        streams = []
+        for samples, layout, disposition in sounds:
+            stream = container.add_stream("aac", rate=16000, layout=layout)
+            stream.disposition = disposition
+            streams.append((stream, samples, layout))
+        shown = []
+        for level, disposition in pictures:
+            stream = container.add_stream("libx264", rate=10)
+            stream.width, stream.height, stream.pix_fmt, stream.disposition = 64, 48, "yuv420p", disposition
+            shown.append((stream, level))
+        for stream, level in shown:
+            for place in range(5):
+                frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), level, np.uint8), format="rgb24")
+                frame.pts = place
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+        for stream, samples, layout in streams:
+            mux_sound(container, stream, samples, layout, 16000)
+    return path
+
+
+@pytest.fixture(scope="session")
+def write_tracks():
+    """The function `encode_tracks`."""
+    return encode_tracks
 
 
 @pytest.fixture(scope="session")
@@ -220,6 +261,21 @@ def model(base_folder):
 
 
 @pytest.fixture(scope="session")
+def add_adapter():
+    """
+    A function (model, PEFT config) that does what transformers' `model.add_adapter` does. That method of transformers
+    5.24 asks for a newer PEFT than there is.
+    """
+    from peft import inject_adapter_in_model
+
+    def add(model, config):
+        inject_adapter_in_model(config, model)
+        model._hf_peft_config_loaded = True
+
+    return add
+
+
+@pytest.fixture(scope="session")
 def processor(base_folder):
     from empathic.processing_empathic import EmpathicProcessor
 
@@ -278,7 +334,7 @@ def recordings(tmp_path_factory, write_media, grey_frames, tone):
 
     from datasets import load_dataset
 
-    from empathic.data_prep.folder import prepare_folder
+    from empathic.data_prep.corpora.folder import prepare_folder
     from empathic.data_prep.views import DialogueSamples
 
     raw = tmp_path_factory.mktemp("recordings")

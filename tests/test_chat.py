@@ -27,7 +27,7 @@ def session(model, processor):
 
 @pytest.fixture
 def calls(model, monkeypatch):
-    """A list of what `model.generate` is called with and, beside it, the first token's scores."""
+    """The arguments of each `model.generate` call, and the first token's logits."""
     calls, generate = [], model.generate
 
     class First(LogitsProcessor):
@@ -66,12 +66,12 @@ def user(text, **clips):
 
 
 def talk(turns):
-    """A history of some turns."""
+    """A history of several turns."""
     return [{"role": ("user", "assistant")[i % 2], "content": TURNS[i % 4]} for i in range(2 * turns)]
 
 
 def snapshot(session):
-    """All that a session holds, copied."""
+    """A copy of all data of a session."""
     prefix = session._memory.prefix
     kept = [] if prefix is None else [t.clone() for layer in prefix.cache.layers for t in (layer.keys, layer.values)]
     tensors = [session.vectors, *session.state.state_dict().values(), *kept]
@@ -85,7 +85,7 @@ def assert_unchanged(session, before):
     assert [thread for thread in threading.enumerate() if thread.name == "reply"] == []
 
 
-# ------------------------------------------------------------------------------------------ replies, with less work
+# ------------------------------------------------------------------------------------------- replies with less work
 
 
 @pytest.mark.parametrize("kwargs", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
@@ -107,12 +107,12 @@ def test_prompts_and_replies_are_those_of_the_whole_conversation(model, processo
         assert torch.allclose(own["first"], other["first"], atol=1e-4)
         assert session.last_turn.memory_vectors == 2 * k
         assert session.messages == [*before, {"role": "user", "content": text}, {"role": "assistant", "content": reply}]
-        # no more is new than the two newest vectors and what comes after them
+        # only the two newest vectors and the positions after them are new
         length = inputs["input_ids"].shape[1]
         tail = length - 1 - max(torch.where(inputs["input_ids"][0] == model.config.memory_token_id)[0], default=-1)
         assert session.last_turn.new_positions <= (tail + 2 if k > 1 else length)
         assert session.last_turn.new_positions + session.last_turn.reused_positions == length
-    # Negative control: the memory weighs in the scores.
+    # Negative control: the memory affects the logits.
     inputs = whole(processor, opening, user("fine"))
     answer(model, processor, inputs, **GREEDY)
     assert not torch.allclose(calls[-1]["first"], own["first"], atol=1e-2)
@@ -135,7 +135,7 @@ def test_a_session_equals_a_fresh_one_with_the_same_history(model, processor, se
 
 
 def test_a_turn_costs_the_same_early_and_late(model, processor, session):
-    """Counted, not timed: the LLM's positions, and the Python functions called."""
+    """Count the LLM's positions and the Python function calls instead of measuring time."""
     positions, python_calls = [], 0
 
     def count(module, args, kwargs):
@@ -149,7 +149,7 @@ def test_a_turn_costs_the_same_early_and_late(model, processor, session):
     seen = {}
     for turns in (3, 100):
         session.remember(*talk(turns - len(session.messages) // 2))
-        for _ in range(2):  # the first of them takes in what was remembered
+        for _ in range(2):  # the first turn reads the remembered utterances
             positions.clear()
             python_calls = 0
             sys.setprofile(profile)
@@ -197,7 +197,7 @@ def test_a_template_that_shows_more_of_the_history(model, base_folder, calls, te
 
 
 def test_a_template_that_has_the_clip_first(model, base_folder, calls):
-    """The same placeholders at the same places, but of another clip: its keys and values cannot be kept."""
+    """The placeholders are at the same positions but belong to another clip: its keys and values cannot be kept."""
     from empathic.processing_empathic import EmpathicProcessor
 
     processor = EmpathicProcessor.from_pretrained(base_folder)
@@ -250,7 +250,7 @@ def test_arguments_of_generate(model, processor, session, kwargs, reuses):
         assert (session.last_turn.reused_positions > 0) == reuses
     inputs = whole(processor, session.messages, user("how are you"))
     assert session.reply("how are you", **GREEDY) == answer(model, processor, inputs, **GREEDY)
-    assert session.last_turn.reused_positions > 0  # the prefix outlived them
+    assert session.last_turn.reused_positions > 0  # the prefix survived the failed turns
 
 
 def test_a_language_model_with_sliding_windows(base_folder, processor):
@@ -302,7 +302,7 @@ def test_pieces_are_the_reply_and_the_turn_is_remembered(model, processor, sessi
 
 
 class Dictated(LogitsProcessor):
-    """Writes the given tokens, then the end; `act` is called before the token number `at`."""
+    """Write the given tokens, then the end token; `act` is called before token number `at`."""
 
     def __init__(self, tokens=None, at=None, act=None):
         self.tokens, self.at, self.act, self.written = tokens, at, act, 0
@@ -322,7 +322,7 @@ class Dictated(LogitsProcessor):
 def test_pieces_hold_whole_characters(processor, session, text, cut):
     tokens = processor.encode_plain(text)
     tokens = [*(tokens[:-cut] if cut else tokens), processor.tokenizer.eos_token_id]
-    assert text.isspace() or not text or len(tokens) > 3  # several tokens a character
+    assert text.isspace() or not text or len(tokens) > 3  # several tokens per character
     written = processor.decode(tokens, skip_special_tokens=True).strip()
     pieces = list(session.stream("hello", max_new_tokens=99, logits_processor=[Dictated(tokens)]))
     assert "".join(pieces) == written == session.messages[-1]["content"]
@@ -332,7 +332,7 @@ def test_pieces_hold_whole_characters(processor, session, text, cut):
 
 
 def test_the_first_piece_comes_before_the_reply_is_done(model, session):
-    """The generation waits at its fourth token until the first piece is here."""
+    """The generation waits at its fourth token until the first piece has arrived."""
     here = threading.Event()
     forced = Dictated(at=3, act=lambda: here.wait(20) or pytest.fail("no piece came"))
     pieces = session.stream("hello", **GREEDY, min_new_tokens=6, logits_processor=[forced])
@@ -350,7 +350,7 @@ def test_a_closed_stream_leaves_the_session_as_it_was(model, processor, session,
     pieces = session.stream("what did he say", audio=clip, **endless)
     assert next(pieces)
     pieces.close()
-    assert 0 < len(steps) < 300  # it was stopped, not waited for
+    assert 0 < len(steps) < 300  # generation was stopped early
     assert_unchanged(session, before)
     for _ in session.stream("what did he say", **endless):
         break  # dropped
@@ -392,7 +392,7 @@ def test_an_error_in_generation_leaves_the_session_as_it_was(model, processor, s
         with pytest.raises(type(error)):
             method("how are you", **GREEDY, min_new_tokens=6, logits_processor=[forced])
         assert_unchanged(session, before)
-    # in the middle of a layer, when the cache of the first one has grown and that of the second has not
+    # in the middle of a forward pass: the cache of the first layer has grown, the cache of the second has not
     layer = model.model.language_model.layers[1]
     hook = layer.register_forward_pre_hook(lambda *call: fail(error))
     with pytest.raises(type(error)):
@@ -405,7 +405,7 @@ def test_an_error_in_generation_leaves_the_session_as_it_was(model, processor, s
 
 
 def test_an_interrupt_while_a_stream_is_read(session):
-    """A real signal, which reaches the thread that reads and not the one that writes."""
+    """A real signal, which reaches the reading thread and not the generating thread."""
     session.reply("hello there", **GREEDY)
     before = snapshot(session)
     forced = Dictated(at=3, act=lambda: os.kill(os.getpid(), signal.SIGINT))
@@ -475,7 +475,7 @@ def test_a_limit_on_memory_vectors(model, processor, calls, limit):
         assert fresh.reply(TURNS[k % 4], **GREEDY) == reply
         assert torch.allclose(calls[-1]["first"], calls[-2]["first"], atol=1e-4)
         unlimited.remember(*session.messages[-2:])
-        # the newest vectors of a memory that has read everything
+        # the newest vectors of a memory that has read all utterances
         assert torch.allclose(session.vectors, unlimited.vectors[-len(session.vectors) :], atol=1e-5)
     assert len(session.messages) == 2 * max(4, limit)
     if limit == 16:
@@ -514,7 +514,7 @@ def test_a_fork_goes_its_own_way(model, processor, clip, limit):
     assert len(fork.messages) == 8 and fork.last_turn != session.last_turn
     assert_unchanged(session, before)
     assert session._memory is kept
-    # The original says the same where it hears the same: neither has the other's turns in its keys and values.
+    # The original replies the same to the same input: neither session has the other's turns in its keys and values.
     assert [session.reply("how are you", audio=clip, **GREEDY), session.reply("i am fine thanks", **GREEDY)] == said
     assert torch.equal(session.vectors, fork.vectors)
     after = snapshot(fork)
@@ -571,7 +571,7 @@ def test_control_c_stops_a_reply_and_keeps_the_session(base_folder, processor, m
         process.stdin.write("hello there\n")
         process.stdin.flush()
         said = ""
-        while not said.partition("bot: ")[2].strip():  # its first word, while the others are being written
+        while not said.partition("bot: ")[2].strip():  # its first word, while the rest is being generated
             said += process.stdout.read(1)
         process.send_signal(signal.SIGINT)
         rest, _ = process.communicate("/save conversation\n/quit\n", timeout=120)
@@ -579,3 +579,32 @@ def test_control_c_stops_a_reply_and_keeps_the_session(base_folder, processor, m
         process.kill()
     assert process.returncode == 0 and "(stopped" in rest
     assert ChatSession.load(str(tmp_path / "conversation"), model, processor).messages == []
+
+
+@pytest.mark.parametrize(
+    ("written", "reply"),
+    [
+        ("<think>she is sad</think>\n\ni am so sorry", "i am so sorry"),
+        ("[THINK]she is sad[/THINK]i am so sorry", "i am so sorry"),
+        ("<think>she is", ""),
+        ("<b> i am", "<b> i am"),
+    ],
+)
+def test_a_thought_is_neither_in_the_reply_nor_in_the_memory(model, processor, written, reply):
+    ids = processor.tokenizer(written)["input_ids"]
+    options = {"do_sample": False, "max_new_tokens": len(ids)}
+    whole, streamed = ChatSession(model, processor), ChatSession(model, processor)
+    assert whole.reply("hello", logits_processor=[Dictated(ids)], **options) == reply
+    assert "".join(streamed.stream("hello", logits_processor=[Dictated(ids)], **options)) == reply
+    for session in (whole, streamed):
+        assert [message["content"] for message in session.messages] == ["hello", reply]
+
+
+def test_a_thought_whose_beginning_was_in_the_prompt_stays_as_it_was_shown(model, processor):
+    """While it is written, nothing tells it from a reply; what was shown is what is remembered."""
+    ids = processor.tokenizer("she is sad</think> sorry")["input_ids"]
+    options = {"do_sample": False, "max_new_tokens": len(ids)}
+    session = ChatSession(model, processor)
+    shown = "".join(session.stream("hello", logits_processor=[Dictated(ids)], **options))
+    assert shown == session.messages[1]["content"] == "she is sad</think> sorry"
+    assert ChatSession(model, processor).reply("hello", logits_processor=[Dictated(ids)], **options) == "sorry"

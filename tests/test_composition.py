@@ -1,5 +1,6 @@
-"""Models put together: from four pretrained parts, and from stage folders over their base."""
+"""Models composed from four pretrained parts, and from stage folders and their base."""
 
+import copy
 import json
 import logging
 import os
@@ -30,7 +31,7 @@ from transformers import (
 from empathic.composition_empathic import PARTS_FILE, PRETRAINED_PREFIXES, STAGE_FILE, read_stage, resolve_base
 from empathic.modeling_empathic import EmpathicForConditionalGeneration
 from empathic.processing_empathic import EmpathicProcessor
-from empathic.trainers.checkpoint import StageRecord, load_model, merge, new_tensors
+from empathic.trainers.checkpoints.stage_folder import StageRecord, load_model, merge, new_tensors
 
 QFORMER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
 LLM = {**QFORMER, "num_key_value_heads": 2, "initializer_range": 0.2}
@@ -60,12 +61,15 @@ def inputs(processor, clip):
 
 
 def logits_of(model, inputs):
+    """
+    Compute logits in float64. Tensors read from a file have another alignment, and matrix kernels then sum in another
+    order: in float32 this changes logits near 10 by 1e-5, as much as some real differences.
+    """
     with torch.no_grad():
-        return model.eval()(**inputs).logits
+        return copy.deepcopy(model).double().eval()(**inputs).logits
 
 
 def same(one, two):
-    """But for rounding: tensors read from a file lie elsewhere in memory, and kernels may add up in another order."""
     return torch.allclose(one, two, rtol=1e-5, atol=1e-5)
 
 
@@ -101,7 +105,7 @@ def test_new_tensors_are_initialised_and_follow_the_seed(parts):
     models = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        torch.empty(1 << 18).fill_(float("nan"))  # memory that is likely to be handed out again
+        torch.empty(1 << 18).fill_(float("nan"))  # memory that is likely to be reused
         models.append(compose(parts, num_query_tokens=64))
     names = new_tensors(models[0])
     for name, *tensors in zip(names, *([m.get_parameter(n) for n in names] for m in models), strict=True):
@@ -145,7 +149,7 @@ def test_the_composed_model_saves_and_loads(parts, inputs, tmp_path):
     assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
     text = (tmp_path / "config.json").read_text()
     assert json.loads(text)["model_type"] == "empathic"
-    assert not [path for path in parts.values() if path in text]  # folders of this machine
+    assert not [path for path in parts.values() if path in text]  # no local folders
 
 
 def test_untied_embeddings_and_generation_settings_come_from_the_text_model(parts, inputs, tmp_path):
@@ -169,7 +173,7 @@ def test_untied_embeddings_and_generation_settings_come_from_the_text_model(part
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16, "auto"])
 def test_one_dtype_for_all_parts(parts, inputs, tmp_path, dtype):
-    if dtype == "auto":  # the LLM's decides, also where a tower was saved in another
+    if dtype == "auto":  # the LLM's dtype is used, even if a tower was saved in another dtype
         folder = str(tmp_path / "text")
         AutoModelForCausalLM.from_pretrained(parts["text"], dtype="bfloat16").save_pretrained(folder)
         AutoTokenizer.from_pretrained(parts["text"]).save_pretrained(folder)
@@ -212,14 +216,16 @@ def test_model_and_processor_agree_on_the_tokens(parts):
             assert token == options.get(f"{name}_token", token)
             assert getattr(model.config, f"{name}_token_id") == processor.tokenizer.convert_tokens_to_ids(token)
         assert model.config.mem_token_id == processor.mem_token_id
-        # nothing was resized: <MEM> has its own vector, the placeholders are rows that were there
+        # no table was resized: <MEM> has its own vector, and the placeholders are existing rows
         assert model.get_input_embeddings().num_embeddings == model.config.text_config.vocab_size == 350
 
 
 def test_a_text_tokenizer_without_placeholders_needs_an_option(parts, tmp_path):
     folder = str(tmp_path)
     AutoModelForCausalLM.from_pretrained(parts["text"]).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(parts["memory"]).save_pretrained(folder)  # a vocabulary with nothing to spare
+    tokenizer = AutoTokenizer.from_pretrained(parts["memory"])  # a vocabulary without unused tokens
+    tokenizer.chat_template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    tokenizer.save_pretrained(folder)
     other = {**parts, "text": folder}
     for make in (compose, lambda p, **k: EmpathicProcessor.from_parts_pretrained(**p, **k)):
         with pytest.raises(ValueError, match=r"none of .*video_pad.*video_token="):
@@ -231,7 +237,7 @@ def test_a_text_tokenizer_without_placeholders_needs_an_option(parts, tmp_path):
 
 
 def write_parts_stage(model, base, folder, names, stage="emotion"):
-    """What a stage that trains parts leaves: other values for some tensors."""
+    """Write the output of a stage that trains parts: new values for some tensors."""
     folder.mkdir(parents=True)
     tensors = {name: torch.randn_like(model.get_parameter(name)) * 0.3 for name in names}
     save_file(tensors, folder / PARTS_FILE)
@@ -244,7 +250,7 @@ def write_parts_stage(model, base, folder, names, stage="emotion"):
 
 @pytest.fixture
 def house(base_folder, tmp_path):
-    """`house/base` and `house/one`, a stage on it that trained three tensors; and the trained model."""
+    """`house/base`, a stage `house/one` with this base that trained three tensors, and the trained model."""
     torch.manual_seed(0)
     shutil.copytree(base_folder, tmp_path / "house" / "base")
     base = str(tmp_path / "house" / "base")
@@ -303,7 +309,7 @@ def test_a_stage_on_four_parts_takes_what_they_can_be_loaded_with(parts, tmp_pat
     write_parts_stage(compose(parts), base, folder, ["model.video_query_tokens"])
     load = EmpathicForConditionalGeneration.from_pretrained
     assert load(folder, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="four pretrained parts, which are not loaded with device_map, nonsense"):
+    with pytest.raises(ValueError, match="four pretrained parts, which cannot be loaded with device_map, nonsense"):
         load(folder, device_map="auto", nonsense=1)
 
 
@@ -312,7 +318,7 @@ def test_a_stage_whose_trained_tensors_were_offloaded_is_refused(house, tmp_path
     places = {name: "cpu" for name, _ in model.model.named_children()} | {"memory": "disk"}
     places = {f"model.{name}": place for name, place in places.items()} | {"lm_head": "cpu"}
     places |= {f"model.{kind}_query_tokens": "cpu" for kind in ("video", "audio")}
-    with pytest.raises(ValueError, match=r"has offloaded model.memory.mem_embedding.*empathic merge"):
+    with pytest.raises(ValueError, match=r"`device_map` offloaded model.memory.mem_embedding.*empathic merge"):
         EmpathicForConditionalGeneration.from_pretrained(
             folder / "one", device_map=places, offload_folder=tmp_path / "offload"
         )
@@ -323,7 +329,7 @@ def test_how_files_are_fetched_is_not_kept(parts):
     assert "hf_secret" not in model.config.to_json_string() and "local_files_only" not in model.config.to_dict()
     processor = EmpathicProcessor.from_parts_pretrained(**parts, token="hf_secret")
     assert "hf_secret" not in processor.to_json_string()
-    with pytest.raises(TypeError, match="no argument device_map, num_querry_tokens"):
+    with pytest.raises(TypeError, match="unexpected arguments: device_map, num_querry_tokens"):
         compose(parts, num_querry_tokens=4, device_map="auto")
 
 
@@ -336,7 +342,7 @@ def test_a_language_model_whose_head_is_more_than_a_matrix_is_refused(parts, con
     config.vocab_size = len(tokenizer)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="adds a bias to its head's scores, scales or caps them"):
+    with pytest.raises(ValueError, match="adds a bias to its logits, scales or caps them"):
         compose({**parts, "text": str(tmp_path)})
 
 
@@ -372,7 +378,7 @@ def test_stages_stand_on_stages(house, inputs, tmp_path):
     EmpathicProcessor.from_pretrained(folder / "base").save_pretrained(folder / "three")
     merge(str(folder / "three"), str(tmp_path / "merged"))
     assert not {STAGE_FILE, "adapter_config.json"} & set(os.listdir(tmp_path / "merged"))
-    shutil.rmtree(folder)  # the merged model stands alone
+    shutil.rmtree(folder)  # the merged model needs no base
     merged, info = AutoModelForMultimodalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert same(logits_of(merged, inputs), expected_adapted)
@@ -392,13 +398,13 @@ def test_an_adapter_moves_with_its_base(house, inputs):
 
 
 def test_a_plain_adapter_on_a_stage_or_a_whole_model(house, inputs):
-    """A PEFT folder without a stage file, as `EPOTrainer` outside the stages leaves it."""
+    """A PEFT folder without a stage file, as `EPOTrainer` saves it outside the stages."""
     folder, _ = house
     for base, name in (("one", "on a stage"), ("base", "on a whole model")):
         expected = logits_of(write_adapter_stage(folder / base, folder / name, stage=None), inputs)
         loaded = AutoModelForMultimodalLM.from_pretrained(str(folder / name))
         assert same(logits_of(loaded, inputs), expected), name
-    # a whole model that holds an adapter beside its weights
+    # a folder with a whole model and an adapter
     shutil.copytree(folder / "base", folder / "both")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(folder / "on a whole model" / file, folder / "both")
@@ -462,7 +468,7 @@ def test_an_incomplete_stage_folder_is_an_error(house):
     with pytest.raises(ValueError, match=r"three .*'dialogue'.*adapter_config\.json.*incomplete"):
         EmpathicForConditionalGeneration.from_pretrained(str(folder / "three"))
     (folder / "one" / PARTS_FILE).unlink()
-    with pytest.raises(ValueError, match=rf"one names 3 trained tensors but holds no {PARTS_FILE}.*incomplete"):
+    with pytest.raises(ValueError, match=rf"one names 3 trained tensors but has no {PARTS_FILE}.*incomplete"):
         EmpathicForConditionalGeneration.from_pretrained(str(folder / "one"))
     with pytest.raises(OSError, match="no_such_folder"):
         EmpathicForConditionalGeneration.from_pretrained(str(folder / "no_such_folder"))
@@ -476,7 +482,7 @@ class Blocker:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Blocker())
 import importlib.util
-find_spec = importlib.util.find_spec  # transformers asks it what is installed
+find_spec = importlib.util.find_spec  # transformers uses it to find out what is installed
 importlib.util.find_spec = lambda name, package=None: (
     None if name.split(".")[0] in ("empathic", "trl", "datasets", "evaluate") else find_spec(name, package)
 )
@@ -486,7 +492,7 @@ out, *folders = sys.argv[1:]
 inputs = torch.load(out + "/inputs.pt")
 results = []
 for folder in folders:
-    model = AutoModelForMultimodalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    model = AutoModelForMultimodalLM.from_pretrained(folder, trust_remote_code=True).double().eval()
     AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     with torch.no_grad():
         results.append(model(**inputs).logits)

@@ -1,4 +1,4 @@
-"""EmpathicConfig: the paper's defaults, what follows from the parts, round trips, and the placeholder tokens."""
+"""EmpathicConfig: the paper's defaults, values derived from the parts, round trips, and the placeholder tokens."""
 
 import json
 
@@ -108,10 +108,10 @@ def test_one_attention_name_is_spread_over_the_parts_that_have_it(tiny_config):
     config._attn_implementation = "flash_attention_2"
     flash = "flash_attention_2"
     assert config._attn_implementation == flash
-    assert parts(config) == [flash, flash, flash, None, "sdpa", "sdpa"]  # BLIP-2 has no flash attention, Mamba none
+    assert parts(config) == [flash, flash, flash, None, "sdpa", "sdpa"]  # neither BLIP-2 nor Mamba has flash attention
     config._attn_implementation = "eager"
     assert parts(config) == ["eager", "eager", "eager", None, "eager", "eager"]
-    config._attn_implementation = {"text_config": "sdpa"}  # a dict sets only what it names
+    config._attn_implementation = {"text_config": "sdpa"}  # a dict sets only the parts that it names
     assert parts(config) == ["sdpa", "eager", "eager", None, "eager", "eager"]
     given = tiny_config(attn_implementation="flash_attention_2")
     assert parts(given) == [flash, flash, flash, None, "sdpa", "sdpa"]
@@ -134,5 +134,5 @@ def test_missing_placeholders_are_an_error_with_the_mend(parts):
     qwen = AutoTokenizer.from_pretrained(parts["text"])
     with pytest.raises(ValueError, match=r"<no such token>.*memory_token="):
         find_placeholder_tokens(qwen, memory="<no such token>")
-    with pytest.raises(ValueError, match=r"audio"):  # one token cannot stand for two modalities
+    with pytest.raises(ValueError, match=r"audio"):  # one token cannot be the placeholder of two modalities
         find_placeholder_tokens(qwen, video="<|quad_end|>", audio="<|quad_end|>")

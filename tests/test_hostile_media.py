@@ -1,4 +1,4 @@
-"""Media made to do harm, and media at the edges of what can be used: playlists, unknown codecs, tiny clips."""
+"""Malicious media and edge cases: playlists, unknown codecs, tiny clips."""
 
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from empathic.data_prep.folder import prepare_folder
-from empathic.demo import uploads
+from empathic.clip_limits import clip_seconds
+from empathic.data_prep.corpora.folder import prepare_folder
 from empathic.evaluation.study import clips
 from empathic.media_empathic import MediaError, load_audio, load_video, probe, read_audio, read_video
 
@@ -18,14 +18,14 @@ from empathic.media_empathic import MediaError, load_audio, load_video, probe, r
 
 @pytest.fixture(scope="module")
 def secret(tmp_path_factory, write_media, grey_frames, tone):
-    """A clip that no other file should lead to."""
+    """A clip that must not be reachable through another file."""
     path = tmp_path_factory.mktemp("secret") / "secret.ts"
     return write_media(path, frames=grey_frames(5), samples=tone(0.5), format="mpegts")
 
 
 @pytest.fixture
 def server(secret):
-    """(address, paths asked for) of an HTTP server that gives the secret to everybody."""
+    """Run an HTTP server that serves the secret; yields (its URL, the requested paths)."""
     asked, content = [], secret.read_bytes()
 
     class Handler(BaseHTTPRequestHandler):
@@ -49,7 +49,7 @@ def server(secret):
 
 
 def hls(address):
-    # The control byte passes for that of a media file.
+    # The control byte makes the file look like media.
     return f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:1.0,\x01\n{address}\n#EXT-X-ENDLIST\n".encode()
 
 
@@ -58,16 +58,21 @@ def concat(path):
 
 
 def openers(path):
-    """All that opens an upload or a clip."""
+    """Every function that opens an upload or a clip."""
     readers = [(read, source) for read in (probe, read_video, read_audio) for source in (path, path.read_bytes())]
-    return [*readers, (uploads._seconds, str(path)), (clips._suffix, path), (clips._has_picture, path)]
+    return [
+        *readers,
+        (lambda source: clip_seconds(source, "clip"), str(path)),
+        (clips._suffix, path),
+        (clips._has_picture, path),
+    ]
 
 
 def test_a_playlist_fetches_nothing(server, tmp_path):
     address, asked = server
     playlist = hls(f"{address}/internal.ts")
     (tmp_path / "list.m3u8").write_bytes(playlist)
-    with open(tmp_path / "list.m3u8", "rb") as file, av.open(file) as container:  # what FFmpeg does by itself
+    with open(tmp_path / "list.m3u8", "rb") as file, av.open(file) as container:  # FFmpeg's default behavior
         assert container.streams.video and asked
     asked.clear()
     for name in ("list.m3u8", "list.mp4"):
@@ -90,7 +95,7 @@ def test_a_playlist_opens_no_file_beside_it(secret, tmp_path, name):
 
 def test_a_session_description_listens_on_no_port():
     lines = ["v=0", "o=- 0 0 IN IP4 127.0.0.1", "s=x\x01", "c=IN IP4 127.0.0.1", "t=0 0", "m=video 5004 RTP/AVP 96"]
-    with pytest.raises(MediaError, match="Invalid data found"):  # and not the end of the time that it waits
+    with pytest.raises(MediaError, match="Invalid data found"):  # and not a timeout
         probe("\r\n".join([*lines, "a=rtpmap:96 H264/90000", ""]).encode())
 
 
@@ -99,7 +104,7 @@ def test_a_session_description_listens_on_no_port():
 
 @pytest.fixture
 def unknown(tmp_path, write_media, grey_frames, tone):
-    """A function (name, codecs that are made unknown) -> a mov of picture and sound."""
+    """A function (name, codecs to make unknown) -> a mov with video and sound."""
 
     def make(name, *codecs):
         data = write_media(
@@ -137,7 +142,7 @@ def test_a_codec_that_ffmpeg_lacks_is_named(unknown):
 
 
 def test_the_sound_track_that_can_be_decoded_is_taken(tmp_path, tone):
-    """As in films of phones, whose first sound track may be a spatial one."""
+    """As in videos from phones, whose first sound track may be spatial audio."""
     path = tmp_path / "two.mov"
     with av.open(str(path), "w") as container:
         tracks = [container.add_stream(codec, rate=48000, layout="mono") for codec in ("pcm_s16be", "pcm_s16le")]
@@ -212,4 +217,4 @@ def test_frames_of_few_lines(processor, height):
     pixels = processor.pixels(frames)
     assert pixels.shape == (2, 3, 32, 32)
     means = pixels.mean((0, 2, 3))
-    assert means[0] > 0 > means[1] and pixels[:, 0].std() < 1e-4  # all of it is red
+    assert means[0] > 0 > means[1] and pixels[:, 0].std() < 1e-4  # every pixel is red

@@ -1,11 +1,14 @@
-"""Models of random weights and checkpoints: first values, saving, loading, with the package and without it."""
+"""Random models and checkpoints: initial values, saving and loading, with and without the package."""
 
+import copy
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import AutoModel, AutoModelForMultimodalLM, Mamba2Config
 
 from empathic.chat import ChatSession
@@ -23,22 +26,22 @@ def conversation(clip):
 
 @pytest.fixture(scope="module")
 def full(processor, clip):
-    """One conversation with everything."""
+    """One conversation with history, audio, video and text."""
     return processor.apply_chat_template(conversation(clip), **TENSORS)
 
 
 def logits_of(model, inputs, **kwargs):
+    """Use float64, so that a kernel's summation order, which depends on a tensor's alignment, does not matter."""
     with torch.no_grad():
-        return model(**inputs, **kwargs).logits
+        return copy.deepcopy(model).double()(**inputs, **kwargs).logits
 
 
 def same(one, two):
-    """But for rounding: tensors read from a file lie elsewhere in memory, and kernels may add up in another order."""
     return torch.allclose(one, two, rtol=1e-5, atol=1e-5)
 
 
 def random_inputs(config, generator=None):
-    """Inputs of a model of `tiny_config`: the first row has everything, the second no media and no memory."""
+    """Inputs of a model of `tiny_config`: the first row has all modalities, the second no media and no memory."""
     video, audio, memory = config.video_token_id, config.audio_token_id, config.memory_token_id
     n, mem, window = config.num_query_tokens, config.mem_token_id, 2 * config.audio_config.max_source_positions
     first = [5, *[memory] * 2, *[audio] * n, 6, *[video] * n, 7, 8]
@@ -52,6 +55,36 @@ def random_inputs(config, generator=None):
         memory_input_ids=torch.tensor([[3, 4, mem, 5, mem], [0] * 5]),
         memory_attention_mask=torch.tensor([[1] * 5, [0] * 5]),
     )
+
+
+# --------------------------------------------------------------------------------------------------------- adapters
+
+
+@pytest.mark.parametrize("memory", ["mamba", "mamba2"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_on_any_layer_learns_and_acts_before_it_is_merged_as_after(tiny_config, memory, dora):
+    """A layer whose weight is read, and which is not called, would leave its adapter without effect until the merge."""
+    torch.manual_seed(0)
+    small = {"vocab_size": 50, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2}
+    small |= {} if memory == "mamba" else {"head_dim": 16, "num_heads": 4, "n_groups": 1}
+    config = tiny_config(memory_config={"model_type": memory, **small})
+    model = EmpathicForConditionalGeneration(config).eval()
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert {"in_proj", "out_proj", "linear", "lm_head"} <= {name.rpartition(".")[2] for name in names}
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=names, use_dora=dora)).eval()
+    inputs = random_inputs(config)
+    start = logits_of(adapted, inputs)
+    adapted(**inputs, labels=inputs["input_ids"]).loss.backward()
+    grads = {name: p.grad for name, p in adapted.named_parameters() if "lora_B" in name}
+    untrained = [name for name, grad in grads.items() if grad is None or not grad.any()]
+    assert len(grads) == len(names) and not untrained
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    acting = logits_of(adapted, inputs)
+    assert not torch.allclose(acting, start, atol=1e-3)
+    assert torch.allclose(acting, logits_of(adapted.merge_and_unload(), inputs), atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------- saving and loading
@@ -121,10 +154,10 @@ def test_auto_model_is_the_body_without_the_head(base_folder, model, full):
     body, info = AutoModel.from_pretrained(base_folder, output_loading_info=True)
     assert type(body) is EmpathicModel and not info["missing_keys"]
     with torch.no_grad():
-        hidden = body(**full)
+        hidden = body.double()(**full)
     assert hidden.last_hidden_state.shape == (*full["input_ids"].shape, 32)
-    assert hidden.video_hidden_states.shape == (1, 4, 32) and hidden.memory_hidden_states.shape == (2, 32)
-    assert torch.allclose(model.lm_head(hidden.last_hidden_state), logits_of(model, full), atol=1e-5)
+    assert hidden.video_vectors.shape == (1, 4, 32) and hidden.memory_vectors.shape == (2, 32)
+    assert same(model.double().lm_head(hidden.last_hidden_state), logits_of(model, full))
 
 
 PLAIN_PROCESS = """
@@ -135,7 +168,7 @@ class Blocker:
         if name.split(".")[0] in BLOCKED:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 import importlib.util
-find_spec = importlib.util.find_spec  # transformers asks it what is installed
+find_spec = importlib.util.find_spec  # transformers uses it to find out what is installed
 def is_installed(name, package=None):
     return None if name.split(".")[0] in BLOCKED else find_spec(name, package)
 importlib.util.find_spec = is_installed
@@ -155,8 +188,9 @@ messages = [
 inputs = processor.apply_chat_template(
     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
 )
+import copy
 with torch.no_grad():
-    logits = model(**inputs).logits
+    logits = copy.deepcopy(model).double()(**inputs).logits
 ids = model.generate(**inputs, max_new_tokens=5, do_sample=False)
 body = AutoModel.from_pretrained(folder, trust_remote_code=True)
 assert type(body).__name__ == "EmpathicModel"
@@ -164,7 +198,7 @@ again = out + "/again"
 model.save_pretrained(again); processor.save_pretrained(again)
 twice = AutoModelForMultimodalLM.from_pretrained(again, trust_remote_code=True)
 with torch.no_grad():
-    assert torch.allclose(twice(**inputs).logits, logits, atol=1e-5)
+    assert torch.allclose(twice.double()(**inputs).logits, logits, atol=1e-5)
 AutoProcessor.from_pretrained(again, trust_remote_code=True)
 assert not [name for name in sys.modules if name.split(".")[0] in BLOCKED]
 torch.save({"inputs": dict(inputs), "logits": logits, "ids": ids}, out + "/out.pt")
@@ -197,7 +231,7 @@ def test_random_models_leave_no_garbage(tiny_config):
     )
     config.memory_config.initializer_range = 0.1
     torch.manual_seed(0)
-    torch.empty(1 << 20).fill_(float("nan"))  # memory that is likely to be handed out again
+    torch.empty(1 << 20).fill_(float("nan"))  # memory that is likely to be reused
     for model in (EmpathicForConditionalGeneration(config), AutoModelForMultimodalLM.from_config(config)):
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             assert tensor.isfinite().all(), name
@@ -213,7 +247,7 @@ def test_random_models_leave_no_garbage(tiny_config):
 
 
 def test_missing_tensors_are_initialised_on_load(tiny_config, tmp_path):
-    """For who asks for the loading info, whatever a checkpoint lacks starts as in a new model."""
+    """With output_loading_info, tensors that a checkpoint lacks are initialized as in a new model."""
     config = tiny_config(num_query_tokens=64)
     model = EmpathicForConditionalGeneration(config)
     new = ("query_tokens", "projector", "mem_embedding")
@@ -233,7 +267,7 @@ def test_all_vectors_start_at_the_scale_of_the_embeddings(model, full):
     assert model.config.embedding_scale == pytest.approx(scale.item(), rel=1e-5)
     with torch.no_grad():
         outputs = model(**full)
-    for vectors in (outputs.video_hidden_states, outputs.audio_hidden_states, outputs.memory_hidden_states):
+    for vectors in (outputs.video_vectors, outputs.audio_vectors, outputs.memory_vectors):
         rms = vectors.square().mean(-1).sqrt()
         assert torch.allclose(rms, scale.expand_as(rms), rtol=1e-3)
 
@@ -247,7 +281,7 @@ def test_projector_output_has_the_scale_it_was_given():
 
 def test_an_unknown_memory_encoder_is_an_error(tiny_config):
     text = tiny_config().text_config.to_dict()
-    with pytest.raises(ValueError, match=r"memory_config must be .*'mamba' or 'mamba2'.* not 'qwen2'"):
+    with pytest.raises(ValueError, match=r"memory_config has the model type 'qwen2'; .*'mamba' or 'mamba2'"):
         EmpathicForConditionalGeneration(tiny_config(memory_config=text))
 
 

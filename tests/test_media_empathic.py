@@ -1,4 +1,7 @@
-"""Real files in, frames and samples out; every defect of a file becomes a message that names it."""
+"""Decoding of real files to frames and samples; every defect of a file becomes an error that names the file."""
+
+import os
+import wave
 
 import av
 import numpy as np
@@ -6,16 +9,17 @@ import pytest
 from av.stream import Disposition
 from PIL import Image
 
-from empathic.media_empathic import MediaError, load_audio, load_video, probe, read_audio, read_video
+from empathic import media_empathic
+from empathic.media_empathic import MediaError, load_audio, load_video, lone_channel, probe, read_audio, read_video
 
 
 def places(frames):
-    """The places of the frames in a `grey_frames` clip, read back from their grey."""
+    """Return the positions of frames in a `grey_frames` clip, computed from their gray level."""
     return np.round((frames.reshape(len(frames), -1).mean(axis=1) - 20) / 7).astype(int).tolist()
 
 
 def pitch(samples, sampling_rate=16000):
-    """The strongest frequency of a sound, in hertz."""
+    """Return the strongest frequency of a sound, in hertz."""
     return np.abs(np.fft.rfft(samples)).argmax() * sampling_rate / len(samples)
 
 
@@ -42,7 +46,7 @@ def test_random_frames_lie_in_their_segments(clip):
         found = places(read_video(clip, 8, np.random.default_rng(seed)))
         assert [p // 4 for p in found] == list(range(8))
         seen.update(found)
-    assert len(seen) > 24  # all of the clip is drawn from, not only the centres
+    assert len(seen) > 24  # frames are drawn from the whole clip, not only from the centers
     again = read_video(clip, 8, np.random.default_rng(3))
     assert np.array_equal(again, read_video(clip, 8, np.random.default_rng(3)))
 
@@ -51,7 +55,7 @@ def test_random_frames_lie_in_their_segments(clip):
     ("name", "options"),
     [
         ("clip.avi", {"video_codec": "mpeg4", "audio_codec": "libmp3lame", "video_options": {"bf": "2"}}),
-        ("clip.flv", {"video_codec": "flv", "audio_codec": "libmp3lame"}),  # no index: seeking fails in it
+        ("clip.flv", {"video_codec": "flv", "audio_codec": "libmp3lame"}),  # no index: seeking fails
         ("clip.mkv", {}),
         ("clip.webm", {"video_codec": "libvpx", "audio_codec": "libopus", "sampling_rate": 48000}),
         ("clip.ts", {"video_codec": "mpeg2video", "audio_codec": "mp2", "fps": 25}),
@@ -80,7 +84,7 @@ def test_variable_frame_rate_follows_time(tmp_path, write_media, grey_frames):
     # Twenty frames in the first second, then one every half second: time counts, not the number of frames.
     times = [*range(0, 1000, 50), *range(1000, 4000, 500), 3900]
     path = write_media(tmp_path / "vfr.mp4", frames=grey_frames(27), times=times)
-    # Segments of half a second, centres at 0.25, 0.75, ... 3.75 s (the last frame lasts 0.1 s).
+    # Segments of half a second, centers at 0.25, 0.75, ... 3.75 s (the last frame lasts 0.1 s).
     assert places(read_video(path, 8)) == [5, 15, 20, 21, 22, 23, 24, 25]
 
 
@@ -102,11 +106,69 @@ def test_rotated_picture_is_turned_upright(tmp_path, write_media):
     upright = np.zeros((4, 64, 48, 3), np.uint8)
     upright[:, :32] = 200  # bright above, dark below, 64 high and 48 wide
     for turn in (90, 180, -90):
-        stored = np.rot90(upright, -turn // 90, axes=(1, 2))  # what a player turns back by `turn`, counter-clockwise
+        stored = np.rot90(upright, -turn // 90, axes=(1, 2))  # a player rotates it back by `turn`, counterclockwise
         path = write_media(tmp_path / f"turn{turn}.mp4", frames=stored, rotation=turn)
         frames = read_video(path, 2)
         assert frames.shape == (2, 64, 48, 3)
         assert frames[:, :28].mean() > 180 and frames[:, 36:].mean() < 20
+
+
+def corners(frames):
+    """Return the gray levels of the quarters of a picture: top left, top right, bottom left, bottom right."""
+    height, width = frames.shape[1] // 2, frames.shape[2] // 2
+    parts = (
+        frames[:, :height, :width],
+        frames[:, :height, width:],
+        frames[:, height:, :width],
+        frames[:, height:, width:],
+    )
+    return [round(float(part.mean()) / 60) for part in parts]
+
+
+def quarters(height=64, width=48, count=4):
+    """Frames with a gray level of its own in each quarter."""
+    levels = np.array([[0, 60], [120, 180]], np.uint8)
+    return np.tile(levels.repeat(height // 2, 0).repeat(width // 2, 1)[None, :, :, None], (count, 1, 1, 3))
+
+
+@pytest.mark.parametrize("turn", [0, 90, 180, -90])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_every_orientation_becomes_upright(tmp_path, write_media, turn, mirrored):
+    upright = quarters()
+    stored = upright[:, :, ::-1] if mirrored else upright
+    stored = np.rot90(stored, -turn // 90, axes=(1, 2))  # a player turns it back first, and mirrors it then
+    path = write_media(tmp_path / "turned.mp4", frames=stored, rotation=turn, mirrored=mirrored)
+    frames = read_video(path, 2)
+    assert frames.shape == (2, 64, 48, 3) and corners(frames) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("pixel", "turn", "size"),
+    [("2/1", None, (64, 128)), ("8/9", None, (72, 64)), ("2/1", 90, (128, 64)), ("1000/1", None, (64, 64))],
+)
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts"])
+def test_pixels_become_square(tmp_path, write_media, pixel, turn, size, suffix):
+    if turn is not None and suffix != ".mp4":
+        pytest.skip("this container stores no rotation")
+    frames = np.full((5, 64, 64, 3), 40, np.uint8)
+    path = write_media(tmp_path / f"wide{suffix}", frames=frames, fps=25, pixel=pixel, rotation=turn)
+    assert read_video(path, 1).shape[1:3] == size
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_the_default_tracks_are_decoded(tmp_path, write_tracks, tone, suffix):
+    none, default = Disposition(0), Disposition.default
+    sounds = [(tone(0.5, 16000, f), "mono", d) for f, d in ((300, none), (600, default), (900, none))]
+    path = write_tracks(tmp_path / f"tracks{suffix}", sounds, [(40, none), (200, default)])
+    with av.open(str(path)) as container:
+        assert [bool(s.disposition & default) for s in container.streams if s.type == "audio"] == [False, True, False]
+    assert abs(pitch(read_audio(path)) - 600) < 5
+    assert abs(int(read_video(path, 1).mean()) - 200) < 5
+
+
+def test_a_commentary_is_not_the_sound(tmp_path, write_tracks, tone):
+    sounds = [(tone(0.5, 16000, 300), "mono", Disposition.comment), (tone(0.5, 16000, 600), "mono", Disposition(0))]
+    assert abs(pitch(read_audio(write_tracks(tmp_path / "talk.mkv", sounds))) - 600) < 5
 
 
 def test_long_clip_decodes_only_what_it_needs(tmp_path, write_media, monkeypatch):
@@ -161,6 +223,62 @@ def test_channels_are_mixed_not_dropped(tmp_path, write_media, tone):
     options = {"sampling_rate": 16000, "layout": "stereo", "audio_codec": "pcm_s16le"}
     sound = read_audio(write_media(tmp_path / "two.wav", samples=both, **options))
     assert np.allclose(sound, both.mean(axis=0), atol=1e-3)
+
+
+def write_wav(path, samples, rate=16000):
+    """Write (channels, samples) as 16-bit PCM without the positions of the channels."""
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(len(samples))
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes((samples.T * 32767).astype("<i2").tobytes())
+    return path
+
+
+@pytest.mark.parametrize("rate", [16000, 44100])
+@pytest.mark.parametrize("difference", [0.0, 0.02])
+def test_channels_that_cancel_are_not_mixed(tmp_path, tone, rate, difference):
+    voice = tone(1.0, rate)
+    path = write_wav(tmp_path / "a.wav", np.concatenate([voice * (1 - difference), -voice]), rate)
+    sound = read_audio(path)
+    assert lone_channel(path) == (1 if difference else 0)
+    assert abs(len(sound) - 16000) <= 2 and abs(pitch(sound) - 440) < 2
+    assert 0.45 < np.abs(sound).max() < 0.55
+    assert np.array_equal(read_audio(path, max_seconds=0.5), sound[:8000])
+
+
+def test_channels_that_differ_are_mixed(tmp_path, tone):
+    quiet = np.zeros((1, 16000), np.float32)
+    for name, channels in (
+        ("one", [tone(1.0, 16000), quiet]),
+        ("part", [tone(1.0, 16000), -0.5 * tone(1.0, 16000)]),
+        ("silent", [quiet, quiet]),
+        ("noise", [quiet + 1 / 32767, quiet - 1 / 32767]),
+    ):
+        samples = np.concatenate(channels)
+        path = write_wav(tmp_path / f"{name}.wav", samples)
+        assert lone_channel(path) is None
+        assert np.allclose(read_audio(path), samples.mean(axis=0), atol=1e-3)
+
+
+@pytest.mark.parametrize("count", [3, 6, 9, 24])
+def test_each_channel_without_a_position_is_heard(tmp_path, tone, count):
+    for place in (0, 2, min(3, count - 1), count - 1):
+        samples = np.zeros((count, 8000), np.float32)
+        samples[place] = tone(0.5, 16000)[0]
+        sound = read_audio(write_wav(tmp_path / "many.wav", samples))
+        assert abs(pitch(sound) - 440) < 3 and np.abs(sound).max() > 0.45 / count
+
+
+def test_a_subwoofer_counts_only_if_all_else_is_silent(tmp_path, write_media, tone):
+    options = {"layout": "5.1", "sampling_rate": 16000, "audio_codec": "pcm_s16le"}
+    samples = np.zeros((6, 16000), np.float32)
+    samples[3] = tone(1.0, 16000, 440)[0]  # the subwoofer, which a mix leaves out
+    path = write_media(tmp_path / "low.mov", samples=samples, **options)
+    assert lone_channel(path) == 3 and abs(pitch(read_audio(path)) - 440) < 3
+    samples[2] = 0.01 * tone(1.0, 16000, 1500)[0]
+    path = write_media(tmp_path / "film.mov", samples=samples, **options)
+    assert lone_channel(path) is None and abs(pitch(read_audio(path)) - 1500) < 3
 
 
 def test_max_seconds_and_sampling_rate(clip):
@@ -242,15 +360,13 @@ def test_missing_streams(tmp_path, write_media, grey_frames, tone):
     song = write_media(tmp_path / "song.mp3", samples=tone(), audio_codec="libmp3lame")
     disguised = song.rename(tmp_path / "song.mp4")
     with pytest.raises(
-        MediaError, match=r'song\.mp4: holds only sound \(mp3, mp3\w*\), no picture. Pass it as .*"audio"'
+        MediaError, match=r'song\.mp4: holds only sound \(mp3, mp3\w*\), no video. Pass it as .*"audio"'
     ):
         read_video(disguised)
-    assert len(read_audio(disguised)) > 15000  # as sound it is welcome, whatever its name
+    assert len(read_audio(disguised)) > 15000  # it can be decoded as sound, whatever its name
 
     silent = write_media(tmp_path / "silent.mp4", frames=grey_frames(10))
-    with pytest.raises(
-        MediaError, match=r'silent\.mp4: has no sound track, only a picture \(mov\). Pass it as .*"video"'
-    ):
+    with pytest.raises(MediaError, match=r'silent\.mp4: has no sound track, only video \(mov\). Pass it as .*"video"'):
         read_audio(silent)
     assert len(read_video(silent)) == 8
 
@@ -330,6 +446,8 @@ def test_decoded_audio(tone):
         assert sound.dtype == np.float32 and abs(len(sound) - 16000) <= 2 and abs(pitch(sound) - 440) < 2
     stereo = np.stack([np.full(1600, 0.5), np.full(1600, -0.1)])
     assert np.allclose(load_audio({"audio": stereo, "sampling_rate": 16000}), 0.2)
+    opposite = np.concatenate([tone(1.0, 16000), -tone(1.0, 16000)])
+    assert np.allclose(load_audio({"audio": opposite, "sampling_rate": 16000}), opposite[0], atol=1e-6)
     assert np.allclose(load_audio({"audio": (stereo[0] * 32768).astype(np.int16), "sampling_rate": 16000.0}), 0.5)
     assert len(load_audio({"audio": list(stereo[0]), "sampling_rate": 16000}, max_seconds=0.05)) == 800
 
@@ -360,6 +478,15 @@ def test_decoded_video(grey_frames):
     assert [p // 4 for p in found] == list(range(8))
     grey = load_video({"video": [Image.fromarray(frames[0]).convert("L")]})
     assert grey.shape == (1, 48, 64, 3)
+    deep = load_video({"video": [Image.fromarray(frames[3, :, :, 0].astype(np.uint16) * 256 + 7)]})
+    assert (deep == frames[3]).all()
+
+
+def test_a_photo_is_turned_as_its_camera_says():
+    stored = Image.fromarray(np.rot90(quarters(64, 48)[0]))
+    stored.getexif()[0x0112] = 6  # shown after a quarter turn clockwise
+    frames = load_video({"video": [stored]})
+    assert frames.shape == (1, 64, 48, 3) and corners(frames) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -387,3 +514,14 @@ def test_without_pyav(monkeypatch, clip):
     with pytest.raises(ImportError, match="pip install av"):
         media.read_video(clip)
     assert len(media.load_audio({"audio": np.zeros(100), "sampling_rate": 16000})) == 100
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="/proc counts the threads of a process.")
+def test_a_frame_keeps_no_threads_which_a_forked_process_would_wait_for(write_media, tmp_path):
+    path = write_media(tmp_path / "large.mp4", frames=np.zeros((2, 720, 1280, 3), dtype=np.uint8))
+    with av.open(str(path)) as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        frame = next(container.decode(video=0))
+        before = len(os.listdir("/proc/self/task"))
+        assert media_empathic._picture(frame, (640, 360)).shape == (360, 640, 3)
+        assert len(os.listdir("/proc/self/task")) == before

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from empathic.modeling_empathic import MEDIA_KEYS, EmpathicForConditionalGeneration
+from empathic.trainers.compat import enable_activation_checkpointing
 
 TENSORS = dict(add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
 MODALITIES = {
@@ -46,24 +47,19 @@ MIXED = [
 
 @pytest.fixture(scope="module")
 def full(processor):
-    """One conversation with everything."""
+    """One conversation with history, audio, video and text."""
     return processor.apply_chat_template(ALL, **TENSORS)
 
 
 @pytest.fixture(scope="module")
 def batch(processor):
-    """Five conversations that lack different things, left-padded."""
+    """Five conversations that lack different modalities, left-padded."""
     return processor.apply_chat_template(MIXED, padding=True, **TENSORS)
 
 
 def logits_of(model, inputs, **kwargs):
     with torch.no_grad():
         return model(**inputs, **kwargs).logits
-
-
-def same(one, two):
-    """But for rounding: tensors read from a file lie elsewhere in memory, and kernels may add up in another order."""
-    return torch.allclose(one, two, rtol=1e-5, atol=1e-5)
 
 
 def changed(inputs, **values):
@@ -104,21 +100,27 @@ def test_vectors_never_go_to_another_rows_placeholders(model, full):
         model(**changed(twice, input_ids=torch.cat([plain, ids])))
 
 
-def test_memory_embeds_take_the_place_of_memory_ids(model, processor):
-    conversations = [MIXED[0], MIXED[1], MIXED[4]]  # two, no and three utterances
+@pytest.mark.parametrize("name", ["memory_embeds", "video_features"])
+def test_a_former_name_of_an_input_is_not_ignored(model, full, name):
+    with pytest.raises(TypeError, match=f"{name} is now called"):
+        model(**full, **{name: torch.zeros(1)})
+
+
+def test_memory_vectors_take_the_place_of_memory_ids(model, processor):
+    conversations = [MIXED[0], MIXED[1], MIXED[4]]  # two, zero and three utterances
     inputs = dict(processor.apply_chat_template(conversations, **TENSORS))
     expected = logits_of(model, inputs)
     ids, mask = inputs.pop("memory_input_ids"), inputs.pop("memory_attention_mask")
     vectors = model.get_memory_features(ids, mask).detach()
     embeds = torch.full((3, 3, 32), 9e9)
     embeds[0, :2], embeds[2] = vectors[:2], vectors[2:]
-    assert torch.allclose(logits_of(model, inputs, memory_embeds=embeds), expected, atol=1e-5)
+    assert torch.allclose(logits_of(model, inputs, memory_vectors=embeds), expected, atol=1e-5)
     with pytest.raises(ValueError, match=r"\[2, 0, 3\] placeholders, \[4, 4, 4\] vectors"):
-        model(**inputs, memory_embeds=torch.zeros(3, 4, 32))
+        model(**inputs, memory_vectors=torch.zeros(3, 4, 32))
     with pytest.raises(ValueError, match=r"\[2, 0, 3\] placeholders, \[1, 1, 1\] vectors"):
-        model(**inputs, memory_embeds=torch.zeros(3, 1, 32))
-    with pytest.raises(ValueError, match="at most one of memory_embeds and memory_input_ids"):
-        model(**inputs, memory_embeds=embeds, memory_input_ids=ids, memory_attention_mask=mask)
+        model(**inputs, memory_vectors=torch.zeros(3, 1, 32))
+    with pytest.raises(ValueError, match="at most one of memory_vectors and memory_input_ids"):
+        model(**inputs, memory_vectors=embeds, memory_input_ids=ids, memory_attention_mask=mask)
 
 
 def test_inputs_embeds_take_the_place_of_input_ids(model, full):
@@ -169,7 +171,7 @@ def test_what_is_masked_is_not_read_and_what_is_not_masked_is(model, batch, impl
         assert moved[row] > 1e-4 and moved.sum() == moved[row]
 
     features, sounds = batch["input_features"], batch["input_features_mask"]
-    window = sounds.reshape(5, 2, -1).any(-1).repeat_interleave(200, dim=1)  # windows that hold any sound
+    window = sounds.reshape(5, 2, -1).any(-1).repeat_interleave(200, dim=1)  # windows that contain sound
     noise = torch.randn(features.shape, generator=torch.Generator().manual_seed(1))
     assert (difference(input_features=torch.where(window[:, None], features, noise)) < 1e-5).all()
     for row, cut in ((0, slice(0, 50)), (2, slice(0, 200)), (2, slice(200, 250))):
@@ -187,7 +189,7 @@ def test_what_is_masked_is_not_read_and_what_is_not_masked_is(model, batch, impl
 
 
 def test_the_qformer_does_not_read_the_tower_past_the_end_of_the_sound(model, full):
-    """Whisper itself reads the silence that it was trained on; its outputs there are masked."""
+    """Whisper itself also encodes the silence, as in its training; the outputs for silence are masked."""
     reference = model.get_audio_features(full["input_features"], full["input_features_mask"]).pooler_output
     inside = full["input_features_mask"].bool()[:, ::2]
     assert inside.sum() == 50 and inside.shape == (1, 100)
@@ -298,7 +300,7 @@ def test_gradient_checkpointing_is_active_and_gives_the_same_gradients(model, fu
     for part in ("vision_tower", "audio_tower"):
         getattr(model.model, part).requires_grad_(False)
     expected = gradients(model, full)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    enable_activation_checkpointing(model, {"use_reentrant": False})
     body, runs = model.model, []
     watched = (
         body.language_model.layers[0].self_attn.q_proj,
@@ -309,7 +311,7 @@ def test_gradient_checkpointing_is_active_and_gives_the_same_gradients(model, fu
     for module in watched:
         module.register_forward_hook(lambda module, args, output: runs.append(watched.index(module)))
     checked = gradients(model, full)
-    assert sorted(runs) == [0, 0, 1, 1, 2, 2, 3, 3]  # each runs once more for the backward pass
+    assert sorted(runs) == [0, 0, 1, 1, 2, 2, 3, 3]  # each layer runs again for the backward pass
     assert checked.keys() == expected.keys()
     for name, gradient in expected.items():
         assert torch.allclose(checked[name], gradient, atol=1e-6), name
@@ -317,14 +319,14 @@ def test_gradient_checkpointing_is_active_and_gives_the_same_gradients(model, fu
 
 def test_every_parameter_gets_a_gradient_and_the_clips_count(model, full):
     for name, gradient in gradients(model.train(), full).items():
-        # The row of <MEM> in Mamba's own table and the key biases have none of weight; no tensor may be left out.
+        # Mamba's own row of <MEM> and the key biases have gradients near zero, but every tensor must have a gradient.
         assert gradient is not None or name.startswith("model.vision_tower.post_layernorm"), name
     for name in ("video_query_tokens", "audio_query_tokens", "video_projector.linear.weight", "memory.mem_embedding"):
         assert model.get_parameter(f"model.{name}").grad.abs().max() > 0
 
 
 def test_absent_modalities_give_gradients_of_zero_not_none(model, processor):
-    """Under ZeRO-3 and FSDP every process must have one for every trained parameter."""
+    """Under ZeRO-3 and FSDP every process must have a gradient for every trained parameter."""
     for part in ("vision_tower", "audio_tower", "language_model"):
         getattr(model.model, part).requires_grad_(False)
     inputs = processor.pad([processor.prepare([turn("hello")])], all_modalities=True)
@@ -351,10 +353,10 @@ def test_parts_that_are_frozen_stay_in_evaluation_mode(model, full):
         assert [getattr(body, part).training for part in parts] == [False, False, False, True, False]
         assert not any(m.training for m in body.video_qformer.modules())
         assert body.training and body.language_model.training
-    with torch.no_grad():  # the frozen Q-former has no dropout, the trained one has
+    with torch.no_grad():  # the frozen Q-former has no dropout, the trained Q-former has
         outputs = [model(**full) for _ in range(2)]
-    assert torch.equal(outputs[0].video_hidden_states, outputs[1].video_hidden_states)
-    assert not torch.equal(outputs[0].audio_hidden_states, outputs[1].audio_hidden_states)
+    assert torch.equal(outputs[0].video_vectors, outputs[1].video_vectors)
+    assert not torch.equal(outputs[0].audio_vectors, outputs[1].audio_vectors)
     model.eval()
     assert not any(module.training for module in model.modules())
 
@@ -389,12 +391,12 @@ def test_generate_is_the_same_with_a_cache_without_and_by_hand(model, batch):
 
 
 def test_a_placeholder_is_never_generated(base_folder, model, full, tiny_config):
-    """It would have no vector: without a cache, the next step would fail on its count."""
+    """A generated placeholder has no vector: without a cache, the next step would fail because the counts differ."""
     placeholders = {model.config.video_token_id, model.config.audio_token_id, model.config.memory_token_id}
     for one in (model, EmpathicForConditionalGeneration.from_pretrained(base_folder)):
         assert set(one.generation_config.suppress_tokens) == placeholders
     assert EmpathicForConditionalGeneration(tiny_config()).generation_config.suppress_tokens == [111, 112, 113]
-    with torch.no_grad():  # a head that wants nothing else
+    with torch.no_grad():  # a head that always prefers placeholders
         model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
         model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(model.lm_head.weight)))
         model.lm_head.bias[list(placeholders)] = 9.0
@@ -442,7 +444,7 @@ def test_generate_from_memory_vectors(model, full):
     options = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, num_beams=2)
     expected = model.generate(**inputs, **options)
     vectors = model.get_memory_features(inputs.pop("memory_input_ids"), inputs.pop("memory_attention_mask"))
-    assert torch.equal(model.generate(**inputs, memory_embeds=vectors[None].detach(), **options), expected)
+    assert torch.equal(model.generate(**inputs, memory_vectors=vectors[None].detach(), **options), expected)
 
 
 # -------------------------------------------------------------------------------------------- attention and precision
@@ -474,7 +476,7 @@ def test_attention_implementations_agree(base_folder, model, batch):
 def test_half_precision(base_folder, model, processor, batch, dtype):
     half = EmpathicForConditionalGeneration.from_pretrained(base_folder, dtype=dtype)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
-    logits = logits_of(half, batch)  # the processor's float32 media are cast on the way
+    logits = logits_of(half, batch)  # the processor's float32 media are cast to half precision
     assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
     real = batch["attention_mask"].bool()
     assert (logits.float() - logits_of(model, batch))[real].abs().mean() < 0.05

@@ -1,4 +1,4 @@
-"""EmpathicProcessor: messages -> prompts and tensors, batches, saving and loading."""
+"""EmpathicProcessor: prompts and tensors of messages, batches, saving and loading."""
 
 import copy
 import itertools
@@ -154,7 +154,7 @@ def test_a_processor_that_came_without_its_other_templates(processor, monkeypatc
     prompt = processor.apply_chat_template(messages)
     monkeypatch.setattr(processor, "chat_template", processor.chat_template["default"])
     assert processor.apply_chat_template(messages) == prompt
-    with pytest.raises(ValueError, match=r"no chat template of the task 'emotion', only default.*download the whole"):
+    with pytest.raises(ValueError, match=r"no chat template for the task 'emotion', only default.*download the whole"):
         processor.apply_chat_template(messages, task="emotion")
 
 
@@ -227,8 +227,8 @@ def test_media_of_earlier_messages_is_not_even_opened(processor):
 
 
 BAD_MESSAGES = {
-    "last is not the user's": ([user("hello"), assistant("fine")], r"last message is the assistant's"),
-    "only a system message": ([{"role": "system", "content": "hello"}], r"last message is the system's"),
+    "last is not the user's": ([user("hello"), assistant("fine")], r"last message is of the role assistant"),
+    "only a system message": ([{"role": "system", "content": "hello"}], r"last message is of the role system"),
     "unknown role": ([{"role": "bot", "content": "hi"}], r"message 0 has the role 'bot'.*system, user, assistant"),
     "no role": ([{"content": "hi"}], r"message 0 has the role None"),
     "system in the middle": ([user("a"), {"role": "system", "content": "b"}, user("c")], r"message 1 is a system"),
@@ -304,7 +304,7 @@ def test_sound_goes_through_consecutive_windows(processor, seconds, windows, fra
     features, mask = processor.sound(item)
     assert features.shape == (80, 200 * windows)
     assert mask.tolist() == [1] * frames + [0] * (200 * windows - frames)
-    for i in range(windows):  # each window is what Whisper's extractor gives for that part of the sound
+    for i in range(windows):  # each window equals the output of Whisper's extractor for that part of the sound
         part = item["audio"][32000 * i : 32000 * (i + 1)]
         alone = processor.feature_extractor(part, sampling_rate=16000, return_tensors="pt")["input_features"][0]
         assert torch.equal(features[:, 200 * i : 200 * (i + 1)], alone)
@@ -529,7 +529,8 @@ def test_a_memory_tokenizer_without_mem_is_an_error(processor):
 
 def test_from_parts_errors_name_the_missing_placeholder(parts):
     with pytest.raises(ValueError, match=r"video_token="):
-        EmpathicProcessor.from_parts_pretrained(**{**parts, "text": parts["memory"]})
+        template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+        EmpathicProcessor.from_parts_pretrained(**{**parts, "text": parts["memory"]}, chat_template=template)
 
 
 def test_transformers_interface(processor):

@@ -1,10 +1,12 @@
-"""The quickstart's own parts; the whole of it is a slow test."""
+"""Tests of the quickstart's functions, and a slow test of the whole quickstart."""
 
 import json
 import operator
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -38,7 +40,7 @@ def test_steps_beside_each_other(tmp_path, capsys):
     steps = q.Steps(tmp_path)
     results = steps.together(("a", operator.add, 1, 2), ("b", operator.add, 3, 4), ("c", operator.add, 5, 6))
     assert results == [3, 7, 11] and set(q.Steps(tmp_path).done) == {"a", "b", "c"}
-    assert "beside it: b" in capsys.readouterr().out and (tmp_path / "logs" / "b.log").exists()
+    assert "in parallel: b" in capsys.readouterr().out and (tmp_path / "logs" / "b.log").exists()
     with pytest.raises(TypeError):
         steps.together(("d", operator.add, 1, 2), ("e", operator.add, 1, "x"))
     assert "d" in q.Steps(tmp_path).done and "e" not in q.Steps(tmp_path).done
@@ -46,7 +48,7 @@ def test_steps_beside_each_other(tmp_path, capsys):
 
 def test_every_preset_has_a_recipe_a_stage():
     presets = {path.parent.name for path in RECIPES}
-    assert presets == {"tiny", "qwen2.5-0.5b", "qwen2.5-7b"}
+    assert presets == {"tiny", "smollm2-135m", "qwen2.5-0.5b", "qwen2.5-7b"}
     for preset in presets:
         assert {p.stem for p in RECIPES if p.parent.name == preset} == {*train.STAGES, *ABLATION}
 
@@ -83,10 +85,31 @@ def test_table():
     assert lines[0] == "model          x" and lines[2] == "a          0.500" and lines[3] == "long name      1"
 
 
+@pytest.mark.distributed
+@pytest.mark.timeout(600)
+def test_two_processes_train_as_one(base_folder, recordings, tmp_path, monkeypatch):
+    """Each has half of a batch, so the losses are those of one process with the whole batch."""
+    for name in q.MEMORY_DATA:
+        (tmp_path / name).symlink_to(recordings.data)
+    (tmp_path / "base").symlink_to(base_folder)
+    more = ["--max_steps", "3", "--logging_steps", "1", "--per_device_train_batch_size", "4", "--warmup_steps", "0"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    losses = {}
+    for train_it in (q.train_stage, q.train_stage_together):
+        output = train_it.__name__
+        metrics = train_it(tmp_path, "memory_single", output, "base", *more, "--use_cpu", "True")
+        history = json.loads((tmp_path / output / "trainer_state.json").read_text())["log_history"]
+        losses[output] = [entry["loss"] for entry in history if "loss" in entry]
+        assert len(losses[output]) == 3 and metrics["train_loss"] > 0
+    assert losses["train_stage_together"] == pytest.approx(losses["train_stage"], rel=1e-3)
+    record = json.loads((tmp_path / "train_stage_together" / "empathic_runs.json").read_text())["runs"][-1]
+    assert (record["processes"], record["samples_per_step"]) == (2, 4)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_quickstart_shows_the_paper_work(tmp_path):
-    """Everything from nothing, interrupted once, with the scores that the preset is built to show."""
+    """A full run, interrupted once, reaches the scores that the preset is built to show."""
     command = [sys.executable, "-m", "empathic.cli", "quickstart", "--output", str(tmp_path / "run")]
     steps = tmp_path / "run" / "steps.json"
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -110,6 +133,40 @@ def test_quickstart_shows_the_paper_work(tmp_path):
     dialogue = results["dialogue"]
     assert dialogue["memory"]["recall"] > dialogue["text"]["recall"] + 0.2
     assert dialogue["epo"]["margin"] > dialogue["control"]["margin"] + 0.1
-    assert dialogue["epo"]["emotion_score"] >= dialogue["control"]["emotion_score"] - 0.02
+    score, recall = results["seeds"]["emotion_score_sampled"], results["seeds"]["recall"]
+    assert score["difference"]["high"] > 0  # how much it gains depends on the base
+    assert recall["difference"]["high"] >= 0
+    assert 0.45 <= emotion["T"] <= 0.6
     files = {path.name for path in Path(tmp_path / "run" / "model").iterdir()}
     assert {"model.safetensors", "config.json", "modeling_empathic.py", "processor_config.json"} <= files
+
+
+TOGETHER = """
+import sys, time
+from pathlib import Path
+from empathic.errors import run_program
+from empathic.quickstart import Steps
+
+if __name__ == "__main__":
+    steps = Steps(Path(sys.argv[1]))
+    sys.exit(run_program("quickstart", lambda: steps.together(("a", time.sleep, 90), ("b", time.sleep, 91))))
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_the_second_process_ends_with_the_first(signum, tmp_path):
+    (tmp_path / "together.py").write_text(TOGETHER)
+    process = subprocess.Popen([sys.executable, str(tmp_path / "together.py"), str(tmp_path)], stderr=subprocess.PIPE)
+    try:
+        log = tmp_path / "logs" / "b.log"
+        while process.poll() is None and not log.exists():  # the second process works
+            time.sleep(0.1)
+        children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        process.send_signal(signum)
+        assert process.wait(timeout=20) == (143 if signum == signal.SIGTERM else -9)
+        deadline = time.monotonic() + 10
+        while any(Path(f"/proc/{pid}").exists() for pid in children) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert len(children) >= 1 and not any(Path(f"/proc/{pid}").exists() for pid in children)
+    finally:
+        process.kill()

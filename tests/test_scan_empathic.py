@@ -1,4 +1,4 @@
-"""The scans of Mamba-1 and Mamba-2 against plain loops: values, gradients, memory."""
+"""The scans of Mamba-1 and Mamba-2 compared with plain loops: values, gradients, memory."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def naive_scan(u, delta, A, B, C, h):
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 4, 13, 50])
-@pytest.mark.parametrize("elements", [1, 1 << 19])  # 1: one row a block
+@pytest.mark.parametrize("elements", [1, 1 << 19])  # 1: one row per block
 def test_scan_equals_a_plain_loop(chunk_size, elements, monkeypatch):
     monkeypatch.setattr(scan_empathic, "_CPU_BLOCK_ELEMENTS", elements)
     inputs = scan_inputs()
@@ -49,7 +49,7 @@ def test_scan_equals_a_plain_loop(chunk_size, elements, monkeypatch):
 def test_scan_gradcheck():
     inputs = scan_inputs(batch=2, length=7, inner=3, state=2)
     assert torch.autograd.gradcheck(lambda *args: selective_scan(*args, chunk_size=3), inputs)
-    # a result that nobody uses
+    # one of the results is unused
     assert torch.autograd.gradcheck(lambda *args: selective_scan(*args, chunk_size=3)[1], inputs)
 
 
@@ -83,7 +83,7 @@ def test_scan_refuses_shapes_that_do_not_fit():
 
 
 def saved_elements(function):
-    """The elements of all tensors that autograd keeps for backward, each storage once."""
+    """Count the elements of all tensors that autograd keeps for backward, each storage once."""
     kept = {}
 
     def pack(tensor):
@@ -109,7 +109,7 @@ def test_scan_keeps_its_inputs_and_few_states():
 @pytest.mark.parametrize("chunk_size", [1, 4, 13, 64])
 @pytest.mark.parametrize("carried", [False, True])
 def test_ssd_scan_equals_the_selective_scan(chunk_size, carried):
-    """Mamba-2 is Mamba-1 with one decay a head and B, C shared by the heads of a group."""
+    """Mamba-2 is Mamba-1 with one decay per head and with B, C shared by the heads of a group."""
     batch, length, heads, width, groups, state = 2, 13, 4, 3, 2, 5
     u = torch.randn(batch, length, heads, width, dtype=torch.float64)
     delta = torch.rand(batch, length, heads, dtype=torch.float64)

@@ -1,7 +1,7 @@
-"""The performances of the tiny preset: a drawn face and a voice-like sound that carry an emotion, as real mp4 files.
+"""Synthetic clips of the tiny preset: a drawn face and a voice-like sound that express an emotion, as real mp4 files.
 
-Nobody can tell all seven emotions from the face alone or from the voice alone: emotions that share a row below look (or
-sound) the same, but together the two columns name each emotion. So a model has to use both.
+The face alone or the voice alone cannot identify all seven emotions: emotions with the same entry in a column below
+look (or sound) alike, but the two columns together identify each emotion. So a model must use both modalities.
 
     emotion     face             voice
     angry       angry/disgust    angry
@@ -12,12 +12,12 @@ sound) the same, but together the two columns name each emotion. So a model has 
     surprise    surprise         happy/surprise
     neutral     neutral          neutral
 
-Of a confused pair a clip shows, with the probability `TELL`, the emotion's own expression and else the one that both
-share. The best possible accuracy of one modality alone is therefore 3/7 + 4/7 (TELL + (1 - TELL) / 2) = 0.79; of both
-together it is 1 but for the pairs' overlap with other rows, which the noise on each feature makes (see the tests).
+For an emotion of a confusable pair, a clip shows the emotion's own expression with probability `TELL`, else the shared
+expression of the pair. So the best possible accuracy of one modality alone is 3/7 + 4/7 (TELL + (1 - TELL) / 2) = 0.79.
+With both modalities it is 1, except for overlaps between expressions due to the noise on each feature (see the tests).
 
-Speakers differ in skin, hair, background, size and place of the head, in pitch, vowels and loudness: none of it tells
-anything of the emotion.
+Speakers differ in skin, hair, background, size and position of the head, pitch, vowels and loudness. None of these
+depend on the emotion.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ VOICE_GROUPS = (("angry",), ("fearful",), ("disgust", "sad"), ("happy", "surpris
 TELL = 0.25
 NOISE = 0.12  # standard deviation of each feature over the clips of one expression
 
-# The fastest settings: a thousand clips are written before training starts.
+# The fastest settings, because more than a thousand clips are written before training starts.
 H264_OPTIONS = {"preset": "ultrafast", "crf": "24", "threads": "1", "flags": "+bitexact"}
 AAC_OPTIONS = {"aac_coder": "fast", "aac_tns": "0", "aac_pns": "0", "aac_is": "0", "aac_ms": "0", "flags": "+bitexact"}
 SIZE = 64  # pixels
 FPS = 10
 SAMPLING_RATE = 16000  # hertz
 
-# Every feature lies in [-1, 1]. mouth_curve: corners down .. up; mouth_open: closed .. wide; brow_angle: inner ends
+# Every feature is in [-1, 1]. mouth_curve: corners down .. up; mouth_open: closed .. wide; brow_angle: inner ends
 # down .. up; brow_height: low .. high; eye_open: narrow .. wide; head_tilt: bowed and turned .. upright.
 FACE_FEATURES = ("mouth_curve", "mouth_open", "brow_angle", "brow_height", "eye_open", "head_tilt")
 FACES = {
@@ -67,8 +67,8 @@ VOICES = {
 }
 CIRCLE = np.exp(2j * np.pi * np.arange(16) / 16)
 NOSE = np.array([(0, -0.02), (0.06, 0.22), (-0.02, 0.24)])
-ACROSS = np.linspace(-1, 1, 9)  # the mouth from corner to corner
-# First and second formants of five vowels in hertz (a, e, i, o, u) for an average speaker.
+ACROSS = np.linspace(-1, 1, 9)  # positions along the mouth, from corner to corner
+# First and second formants in hertz of five vowels (a, e, i, o, u) for an average speaker.
 FORMANTS = np.array([(730, 1090), (530, 1840), (270, 2290), (570, 840), (300, 870)], float)
 
 
@@ -80,29 +80,29 @@ def _sample(emotion: str, features: dict, groups: tuple, rng: np.random.Generato
 
 
 def sample_face(emotion: str, rng: np.random.Generator) -> np.ndarray:
-    """Draws how a face shows the emotion: (6,) floats in [-1, 1], in the order of `FACE_FEATURES`."""
+    """Sample a facial expression of the emotion: (6,) floats in [-1, 1], in the order of `FACE_FEATURES`."""
     return _sample(emotion, FACES, FACE_GROUPS, rng)
 
 
 def sample_voice(emotion: str, rng: np.random.Generator) -> np.ndarray:
-    """Draws how a voice carries the emotion: (7,) floats in [-1, 1], in the order of `VOICE_FEATURES`."""
+    """Sample a vocal expression of the emotion: (7,) floats in [-1, 1], in the order of `VOICE_FEATURES`."""
     return _sample(emotion, VOICES, VOICE_GROUPS, rng)
 
 
 def _draw(face: np.ndarray, colors: dict, place: np.ndarray, scale: float) -> np.ndarray:
-    """One picture (SIZE, SIZE, 3) uint8 of a face with the given features."""
+    """Draw a face with the given features as a (SIZE, SIZE, 3) uint8 image."""
     curve, opening, angle, height, eyes, tilt = face
     image = Image.new("RGB", (SIZE, SIZE), colors["background"])
     draw = ImageDraw.Draw(image)
     unit = scale * SIZE / 2
-    turn = 0.30 * (0.5 - tilt / 2)  # a bowed head leans to the side by up to 0.3 radians and sinks
+    turn = 0.30 * (0.5 - tilt / 2)  # a bowed head leans to the side by up to 0.3 radians, and is lower
     cosine, sine = np.cos(turn), np.sin(turn)
     middle = place + np.array([0.0, 0.25 * turn * SIZE])
 
     axes = np.array([[cosine, sine], [-sine, cosine]]) * unit
 
     def at(points: np.ndarray) -> list[float]:
-        """Points (n, 2) of the head's own axes, -1 .. 1 over the head, in pixels: x, y, x, y ..."""
+        """Convert points (n, 2) from head coordinates (-1 .. 1 over the head) to pixels: x, y, x, y ..."""
         return (points @ axes + middle).ravel().tolist()
 
     def disc(x: float, y: float, radius_x: float, radius_y: float, color) -> None:
@@ -128,7 +128,7 @@ def _draw(face: np.ndarray, colors: dict, place: np.ndarray, scale: float) -> np
 
 
 def _person(rng: np.random.Generator) -> tuple[dict, np.ndarray, float]:
-    """Draws someone before some background: the colors, the middle of the head in pixels (2,) and its size."""
+    """Sample a person and a background: colors, center of the head in pixels (2,), and size of the head."""
     skin = np.array([225, 172, 130]) * rng.uniform(0.55, 1.1) + rng.normal(0, 8, 3)
     hair = np.array([90, 60, 35]) * rng.uniform(0.2, 1.6)
     colors = {
@@ -142,16 +142,16 @@ def _person(rng: np.random.Generator) -> tuple[dict, np.ndarray, float]:
 
 
 def _grain(count: int, rng: np.random.Generator) -> np.ndarray:
-    """The noise of a camera over `count` frames, (count, SIZE, SIZE, 1)."""
+    """Camera noise for `count` frames, (count, SIZE, SIZE, 1)."""
     return rng.normal(0, 2, (count, SIZE // 2, SIZE // 2, 1)).repeat(2, axis=1).repeat(2, axis=2)
 
 
 def random_picture(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draws someone whose every feature is drawn evenly at random: no expression of any emotion.
+    """Draw a person with uniformly random facial features, which express no emotion.
 
     Returns:
-        The picture, (SIZE, SIZE, 3) uint8, and how it was drawn, (18,) floats of about [-1, 1]: `FACE_FEATURES`, the
-        place (2) and size (1) of the head, the colors of background, skin and hair (3 each).
+        The image, (SIZE, SIZE, 3) uint8, and its drawing parameters, (18,) floats roughly in [-1, 1]: `FACE_FEATURES`,
+        position (2) and size (1) of the head, colors of background, skin and hair (3 each).
     """
     colors, place, scale = _person(rng)
     face = rng.uniform(-1, 1, len(FACE_FEATURES))
@@ -161,11 +161,11 @@ def random_picture(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def render_face(face: np.ndarray, rng: np.random.Generator, seconds: float = 1.0) -> np.ndarray:
-    """Plays an expression: it grows out of a calmer face while the head and the lips move a little.
+    """Render the frames of an expression: it builds up from a neutral face, while head and lips move a little.
 
     Args:
         face (6,): floats in [-1, 1], in the order of `FACE_FEATURES`.
-        rng: draws the person, the background and the small motions.
+        rng: random generator for the person, the background and the small motions.
 
     Returns:
         uint8 frames (round(seconds * FPS), SIZE, SIZE, 3).
@@ -186,7 +186,7 @@ def render_face(face: np.ndarray, rng: np.random.Generator, seconds: float = 1.0
 
 
 def _tables(pitch: float, speaker: float, brightness: float, vowels: np.ndarray) -> np.ndarray:
-    """One period of the voice for each vowel, (vowels, 1024): harmonics shaped by two formants and a spectral slope."""
+    """A period of the voice for each vowel, (vowels, 1024): harmonics shaped by two formants and a spectral slope."""
     harmonics = np.arange(1, int(0.42 * SAMPLING_RATE / (pitch * 2)) + 1)
     frequency = harmonics * pitch
     slope = harmonics ** -(1.6 - 0.9 * brightness)
@@ -194,20 +194,20 @@ def _tables(pitch: float, speaker: float, brightness: float, vowels: np.ndarray)
     for first, second in FORMANTS[vowels] * speaker:
         shape = 0.12 + np.exp(-(((frequency - first) / 160) ** 2)) + 0.7 * np.exp(-(((frequency - second) / 220) ** 2))
         spectrum = np.zeros(513, complex)
-        spectrum[harmonics] = shape * slope * np.exp(1j * harmonics**2 * 0.1)  # spread phases: a softer peak
+        spectrum[harmonics] = shape * slope * np.exp(1j * harmonics**2 * 0.1)  # spread phases lower the peak
         table = np.fft.irfft(spectrum, 1024)
         tables.append(table / np.sqrt(np.mean(table**2)))
     return np.array(tables)
 
 
 def _sing(voice: np.ndarray, rng: np.random.Generator, seconds: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """As `render_voice`; also the pitch in hertz and the strength of the voice (0 .. 1) at each sample."""
+    """Like `render_voice`, but also return the pitch in hertz and the amplitude (0 .. 1) at each sample."""
     level, melody, slope, rate, brightness, tremor, breath = voice
     count = max(1, round(seconds * SAMPLING_RATE))
     time = np.arange(count) / SAMPLING_RATE
     base = 150 * 2 ** rng.uniform(-0.25, 0.25)
     speaker = rng.uniform(0.9, 1.15)
-    syllables = 5.0 + 3.0 * rate  # a second: 2 to 8
+    syllables = 5.0 + 3.0 * rate  # per second: 2 to 8
     beat = syllables * time + rng.uniform(0, 1)
     vowel = rng.integers(0, len(FORMANTS), int(beat[-1]) + 1)
 
@@ -219,22 +219,22 @@ def _sing(voice: np.ndarray, rng: np.random.Generator, seconds: float) -> tuple[
     tables = _tables(base * 2 ** (5 * level / 12), speaker, brightness, np.arange(len(FORMANTS)))
     sound = tables[vowel[beat.astype(int)], (phase % 1 * 1024).astype(int)]
 
-    # A syllable swells and fades; sharp voices attack faster, shaking ones also waver in strength.
+    # Each syllable swells and fades; the amplitude of a trembling voice also wavers.
     swell = (0.5 - 0.5 * np.cos(2 * np.pi * (beat % 1))) ** (0.6 + 0.5 * (brightness + 1))
     swell *= 1 - 0.2 * (tremor + 1) * (0.5 + 0.5 * np.sin(2 * np.pi * 11 * time))
     hiss = rng.normal(0, 1, count)
     hiss[1:] -= 0.6 * hiss[:-1]
     sound = swell * (sound + 0.25 * (breath + 1) * hiss)
-    sound += rng.uniform(0.005, 0.02) * rng.normal(0, 1, count)  # the room
+    sound += rng.uniform(0.005, 0.02) * rng.normal(0, 1, count)  # room noise
     return (rng.uniform(0.3, 0.9) * sound / max(np.abs(sound).max(), 1e-6)).astype(np.float32), pitch, swell
 
 
 def render_voice(voice: np.ndarray, rng: np.random.Generator, seconds: float = 1.0) -> np.ndarray:
-    """Sings a few vowels: a harmonic source behind formants, with a melody and the rhythm of syllables.
+    """Synthesize a few vowels: a harmonic source filtered by formants, with a melody and a rhythm of syllables.
 
     Args:
         voice (7,): floats in [-1, 1], in the order of `VOICE_FEATURES`.
-        rng: draws the speaker (pitch, formants, loudness), the vowels and the noise of the room.
+        rng: random generator for the speaker (pitch, formants, loudness), the vowels and the room noise.
 
     Returns:
         float32 samples (round(seconds * SAMPLING_RATE),) in [-1, 1].
@@ -243,11 +243,12 @@ def render_voice(voice: np.ndarray, rng: np.random.Generator, seconds: float = 1
 
 
 def random_sound(rng: np.random.Generator, seconds: float = 1.0, hop: int = 320) -> tuple[np.ndarray, np.ndarray]:
-    """Sings with a voice whose every feature is drawn evenly at random: no expression of any emotion.
+    """Synthesize a voice with uniformly random features, which express no emotion.
 
     Returns:
-        float32 samples (samples,) at `SAMPLING_RATE`, and how they were made, (samples // hop, 9) floats of about
-        [-1, 1]: `VOICE_FEATURES`, then the pitch in octaves around 150 hertz and the strength, midway in each hop.
+        float32 samples (samples,) at `SAMPLING_RATE`, and the synthesis parameters, (samples // hop, 9) floats roughly
+        in [-1, 1]: `VOICE_FEATURES`, then the pitch in octaves around 150 hertz and the amplitude, both at the middle
+        of each hop.
     """
     voice = rng.uniform(-1, 1, len(VOICE_FEATURES))
     samples, pitch, swell = _sing(voice, rng, seconds)
@@ -264,25 +265,25 @@ def write_clip(
     with_audio: bool = True,
     with_video: bool = True,
 ) -> None:
-    """Writes one performance as an mp4 file, H.264 at 10 frames a second beside AAC at 16 kHz mono.
+    """Write a clip as an mp4 file, with H.264 at 10 frames per second and AAC at 16 kHz mono.
 
-    The same generator state gives the same bytes, on the same versions of the libraries.
+    The bytes are determined by the generator state and the versions of the libraries.
 
     Args:
-        path: of the file to write; its folder exists.
-        emotion: one of the seven.
-        rng: draws the expression, the speaker and the noise.
-        seconds: the length.
-        with_audio, with_video: False leaves that stream out.
+        path: file to write; its folder must exist.
+        emotion: one of the seven emotions.
+        rng: random generator for the expression, the speaker and the noise.
+        seconds: length of the clip.
+        with_audio, with_video: False leaves out this stream.
 
     Raises:
-        ValueError: for an unknown emotion, or if both streams are left out.
+        ValueError: if the emotion is unknown, or both streams are left out.
     """
     if emotion not in FACES:
         raise ValueError(f"{emotion!r} is not one of the emotions {', '.join(FACES)}.")
     if not (with_audio or with_video):
-        raise ValueError(f"{os.fspath(path)}: a clip needs a picture or a sound. Set with_audio or with_video.")
-    # Both are drawn in any case, so that leaving one out does not change the other.
+        raise ValueError(f"{os.fspath(path)}: a clip needs audio or video. Set with_audio or with_video.")
+    # Both streams are always rendered, so that leaving out one stream does not change the other.
     frames = render_face(sample_face(emotion, rng), rng, seconds)
     samples = render_voice(sample_voice(emotion, rng), rng, seconds)
     with av.open(os.fspath(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
@@ -299,7 +300,7 @@ def write_clip(
                 container.mux(video.encode(frame))
             container.mux(video.encode(None))
         if with_audio:
-            length = 1024  # samples of an AAC frame
+            length = 1024  # samples per AAC frame
             for start in range(0, len(samples), length):
                 frame = av.AudioFrame.from_ndarray(samples[None, start : start + length], format="fltp", layout="mono")
                 frame.sample_rate, frame.pts, frame.time_base = SAMPLING_RATE, start, Fraction(1, SAMPLING_RATE)

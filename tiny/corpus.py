@@ -1,9 +1,9 @@
-"""Writes the tiny preset's corpus the way a user's own recordings would lie in a folder.
+"""Write the tiny preset's corpus in the format of a user's own recordings.
 
-    folder/metadata.jsonl      one line a turn
-    folder/clips/*.mp4         what was recorded of the user's turns; the assistant only writes
+    folder/metadata.jsonl      one line per turn
+    folder/clips/*.mp4         the clips of the user's turns; the assistant's turns are text only
 
-It is read back by `empathic prepare folder`, as any folder of recordings is.
+`empathic prepare folder` reads it like any folder of recordings.
 """
 
 import hashlib
@@ -15,35 +15,35 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from empathic.tiny.clips import write_clip
-from empathic.tiny.dialogues import SPLITS, USER, make_dialogues
+from .clips import write_clip
+from .dialogues import SPLITS, USER, make_dialogues
 
-# About three clips a conversation: 1,440 clips, written in some 20 seconds of one core. The test split has about 300
-# labelled clips, so that a measured accuracy of 0.9 has a standard error of 0.017.
+# About three clips per conversation: 1,440 clips, written in about 20 seconds on one core. The test split has about 300
+# labeled clips, so that a measured accuracy of 0.9 has a standard error of 0.017.
 NUM_DIALOGUES = {"train": 340, "validation": 40, "test": 100}
-# A whole number of AAC frames (15 of 1,024 samples): the codec would pad a full second to a little more, which needs
-# a second Whisper window.
+# A whole number of AAC frames (15 of 1,024 samples): the codec would pad a full second to a little more than a second,
+# which would need a second Whisper window.
 SECONDS = 0.96
 
 
 def _clip_rng(utterance_id, seed):
-    """The generator of one clip: the same wherever and in whatever order the clips are written."""
+    """Return the random generator of a clip, which is independent of the order in which clips are written."""
     digest = hashlib.sha256(f"{seed} {utterance_id}".encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:8], "big"))
 
 
 def corpus_rows(num_dialogues=None, seed=0, with_clips=True):
-    """The lines of `metadata.jsonl`, a list of dicts.
+    """Return the rows of `metadata.jsonl`, a list of dicts.
 
     Args:
-        num_dialogues: conversations of each split; `NUM_DIALOGUES` by default.
-        seed: of the conversations, see `make_dialogues`; a part of every id.
-        with_clips: whether user turns name a clip.
+        num_dialogues: number of conversations per split; `NUM_DIALOGUES` by default.
+        seed: seed of the conversations, see `make_dialogues`; every id contains it.
+        with_clips: whether user turns have a clip.
     """
     num_dialogues = NUM_DIALOGUES if num_dialogues is None else num_dialogues
     unknown = sorted(set(num_dialogues) - set(SPLITS))
     if unknown:
-        raise ValueError(f"num_dialogues names the splits {', '.join(unknown)}; there are {', '.join(SPLITS)}.")
+        raise ValueError(f"num_dialogues has unknown splits {', '.join(unknown)}; give only {', '.join(SPLITS)}.")
     rows = []
     for split in SPLITS:
         for number, dialogue in enumerate(make_dialogues(num_dialogues.get(split, 0), seed, split)):
@@ -65,7 +65,7 @@ def corpus_rows(num_dialogues=None, seed=0, with_clips=True):
 
 
 def _write_atomically(path, write):
-    """Calls `write(temporary path)` and moves the result into place: a file under `path` is always complete."""
+    """Call `write(temporary path)` and move the result to `path`, so that a file at `path` is always complete."""
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         write(temporary)
@@ -75,23 +75,23 @@ def _write_atomically(path, write):
 
 
 def write_corpus(folder, *, num_dialogues=None, seed=0, with_clips=True, seconds=SECONDS, progress=True):
-    """Writes a synthetic corpus: `metadata.jsonl` and one mp4 file (H.264 and AAC) for each turn of the user.
+    """Write a synthetic corpus: `metadata.jsonl` and an mp4 file (H.264 and AAC) for each user turn.
 
-    A clip that is there already is kept, so an interrupted call goes on where it stopped. Every clip is determined by
-    its utterance id and the seed alone.
+    Existing clips are kept, so an interrupted call can be resumed. Each clip depends only on its utterance id and the
+    seed.
 
     Args:
-        folder: where to write; made if it is not there.
-        num_dialogues: conversations of each split, `{"train": .., "validation": .., "test": ..}`; `NUM_DIALOGUES` by
-            default. The splits are disjoint by content (see `dialogues`).
-        seed: of the conversations and of the clips.
-        with_clips: False writes the conversations alone.
+        folder: folder to write, created if it does not exist.
+        num_dialogues: number of conversations per split, `{"train": .., "validation": .., "test": ..}`;
+            `NUM_DIALOGUES` by default. The splits have disjoint contents (see `dialogues`).
+        seed: seed of the conversations and of the clips.
+        with_clips: False writes only the conversations.
         seconds: length of a clip.
-        progress: shows a bar with the rate.
+        progress: whether to show a progress bar.
 
     Returns:
-        `{"dialogues", "turns", "clips", "written", "labelled"}`: how many conversations, turns and clips the corpus
-        has, how many clips this call wrote, and the clips of each split.
+        `{"dialogues", "turns", "clips", "written", "labeled"}`: the numbers of conversations, turns and clips in the
+        corpus, the number of clips that this call wrote, and the number of clips per split.
     """
     folder = Path(folder)
     rows = corpus_rows(num_dialogues, seed, with_clips)
@@ -105,12 +105,12 @@ def write_corpus(folder, *, num_dialogues=None, seed=0, with_clips=True, seconds
         rng = _clip_rng(row["utterance_id"], seed)
         _write_atomically(folder / row["video"], lambda path: write_clip(path, row["emotion"], rng, seconds))  # noqa: B023
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    # Written last: a folder with its list of turns has all clips that it names.
+    # Written last: if metadata.jsonl exists, all of its clips exist.
     _write_atomically(folder / "metadata.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
     return {
         "dialogues": len({row["dialogue_id"] for row in rows}),
         "turns": len(rows),
         "clips": len(recorded),
         "written": len(missing),
-        "labelled": dict(Counter(row["split"] for row in recorded)),
+        "labeled": dict(Counter(row["split"] for row in recorded)),
     }

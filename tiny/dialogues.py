@@ -1,26 +1,26 @@
 """The text of the tiny preset: a grammar of two-party conversations between a user and an assistant.
 
-What the grammar is built to show:
+The grammar has these properties:
 
-- Half of the user's sentences do not tell their emotion in words, so that text alone names at most
-  1/2 + 1/2 * 1/7 = 0.57 of the emotions, and the face and the voice are needed.
-- The assistant's reply follows the emotion of the sentence that it answers, and speaks of its content.
-- Facts told early (a name, a city, a pet, a job, an age, who did what) are asked for later: `recall` lists the words
-  that a reply can know from the history only.
-- Splits are held out by content: every utterance that says something has a pair of content words, and a pair belongs to
-  exactly one split (by its hash). Short phrases without a pair ("who am i again?") occur in every split; measure
-  rebuilding on `unseen_utterances` only.
+- Half of the user's sentences do not reveal their emotion in words. So text alone identifies at most
+  1/2 + 1/2 * 1/7 = 0.57 of the emotions, and a model needs the face and the voice.
+- The assistant's reply depends on the emotion and on the content of the sentence that it answers.
+- The user asks later about facts from earlier turns (a name, a city, a pet, a job, an age, who did what): `recall`
+  lists the words of a reply that only the history can provide.
+- Splits are disjoint by content: every utterance with content has a pair of content words, and the hash of the pair
+  assigns it to exactly one split. Short phrases without a pair ("who am i again?") occur in every split; measure
+  reconstruction on `unseen_utterances` only.
 """
 
 import hashlib
 import random
 import re
 
-from empathic.configuration_empathic import EMOTIONS
+from ..configuration_empathic import EMOTIONS
 
-USER, ASSISTANT = "user", "assistant"  # the names that `ChatSession` gives them too
+USER, ASSISTANT = "user", "assistant"  # the roles that `ChatSession` uses as names
 SPLITS = ("train", "validation", "test")
-# Upper bounds, in per cent, of the hash values of `train` and `validation`; `test` has the rest.
+# Upper bounds, in percent, of the hash values of `train` and `validation`; `test` has the rest.
 SPLIT_BOUNDS = (80, 88)
 
 NAMES = (
@@ -35,8 +35,8 @@ PETS = (
     "nemo"
 ).split()
 ANIMALS = "dog cat rabbit parrot horse hamster turtle goat".split()
-COLOURS = "red blue green grey black white brown golden".split()
-ADJECTIVES = [*"old new small big cheap heavy round wooden".split(), *COLOURS]
+COLORS = "red blue green grey black white brown golden".split()
+ADJECTIVES = [*"old new small big cheap heavy round wooden".split(), *COLORS]
 PERSONS = (
     "mother father sister brother aunt uncle cousin boss neighbour teacher friend wife husband grandma daughter doctor"
 ).split()
@@ -46,7 +46,7 @@ NUMBERS = (
 ).split()
 DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
 
-# Every verb's past tense is its participle too, so that it fits active and passive sentences.
+# The past tense of each verb equals its participle, so that it fits active and passive sentences.
 TOPICS = {
     "travel": (
         "booked missed changed paid".split(),
@@ -87,7 +87,7 @@ CONTENT_WORDS = frozenset(
     + [word for verbs, objects in TOPICS.values() for word in (*verbs, *objects)]
 )
 
-# Clauses of the user, by kind. The first one of a kind is also the short one that goes with an emotion phrase.
+# The user's clauses by kind. The first clause for events is the short clause that is combined with an emotion phrase.
 CLAUSES = {
     "event": (
         "my {person} {verb} the {object}",
@@ -105,7 +105,7 @@ CLAUSES = {
     "job": ("i work as a {job} in {city}", "i became a {job} in {city}"),
     "age": ("my {person} is {number} years old", "my {person} turned {number} on {day}"),
 }
-# Sentences whose answer lies in the history: (kind of the fact, sentence, the slot that has to be recalled).
+# Sentences whose answer is in the history: kind of the fact -> (sentence, slot to recall).
 RECALLS = {
     "name": (
         ("do you still know my name?", "name"),
@@ -128,7 +128,7 @@ RECALLS = {
     ),
 }
 
-# What the user says when the words reveal the emotion.
+# The user's phrases that reveal the emotion in words.
 REVEALING = {
     "angry": ("i am furious", "it makes me mad", "i could scream", "how dare they"),
     "disgust": ("it was revolting", "i feel sick", "it smelled awful", "so disgusting"),
@@ -138,7 +138,7 @@ REVEALING = {
     "sad": ("i am heartbroken", "i feel lonely", "i keep crying", "i am in tears"),
     "surprise": ("i am amazed", "i am stunned", "out of nowhere", "can you imagine"),
 }
-# How the assistant begins a reply to each emotion, and how it goes on about an event.
+# The beginning of the assistant's reply to each emotion, and the rest of a reply about an event.
 OPENERS = {
     "angry": ("that is so unfair!", "anyone would be angry!", "what an insult!", "that is outrageous!"),
     "disgust": ("yuck, how nasty!", "that is gross!", "how vile!", "that turns my stomach!"),
@@ -172,10 +172,10 @@ RECALL_TAILS = {
     "person": ("your {person} {verb} the {object}.", "it was your {person} with the {object}."),
     "object": ("your {person} {verb} the {object}.", "it was your {person} with the {object}."),
 }
-# Where the history is not given (the counter-emotional prompt knows the sentence only), no fact can be recalled.
+# Without the history (the counter-emotional prompt has only the sentence), a reply cannot recall a fact.
 FORGOTTEN_TAILS = ("please tell me again.", "tell me more about it.")
 
-# The pair of slots by whose values each kind is divided between the splits.
+# The pair of slots whose values assign a fact of each kind to a split.
 PAIRS = {
     "event": ("person", "object"),
     "name": ("name", "city"),
@@ -183,11 +183,11 @@ PAIRS = {
     "job": ("job", "city"),
     "age": ("person", "number"),
 }
-RECALL_SHARE = 0.62  # of the user's sentences after the first: about 0.4 of all replies
+RECALL_SHARE = 0.62  # share of questions among the user's sentences after the first: about 0.4 of all replies
 
 
 def split_of(pair):
-    """The split that a pair of content words belongs to: `train` (80%), `validation` (8%) or `test` (12%).
+    """Return the split of a pair of content words: `train` (80%), `validation` (8%) or `test` (12%).
 
     Args:
         pair: two words, in any order.
@@ -201,7 +201,7 @@ def _slots(template):
 
 
 def _fillers(kind, rng):
-    """Values of every slot that a sentence of this kind can have."""
+    """Draw a value for every slot of a sentence of this kind."""
     verbs, objects = TOPICS[rng.choice(list(TOPICS))]
     return {
         "kind": kind,
@@ -209,7 +209,7 @@ def _fillers(kind, rng):
         "verb": rng.choice(verbs),
         "object": rng.choice(objects),
         "adjective": rng.choice(ADJECTIVES),
-        "colour": rng.choice(COLOURS),
+        "colour": rng.choice(COLORS),
         "day": rng.choice(DAYS),
         "city": rng.choice(CITIES),
         "name": rng.choice(NAMES),
@@ -221,23 +221,23 @@ def _fillers(kind, rng):
 
 
 def _new_fact(split, rng, told):
-    """A fact of this split that no earlier fact of the conversation can be mixed up with."""
+    """Draw a fact of this split that cannot be confused with an earlier fact of the conversation."""
     used_kinds = {fact["kind"] for fact in told}
     while True:
-        # One name and one job a person; events are the most varied part, so they get the largest share.
+        # A person has one name and one job; events are the most varied kind, so they have the largest share.
         kinds = [kind for kind in ("event", "event", "event", "name", "pet", "pet", "job", "age")]
         kind = rng.choice([kind for kind in kinds if kind in ("event", "pet", "age") or kind not in used_kinds])
         fact = _fillers(kind, rng)
         if split_of([fact[slot] for slot in PAIRS[kind]]) != split:
             continue
-        # Nothing is told of twice: two facts of one person, animal, city or object would make a question ambiguous.
+        # Two facts about one person, animal, city or object would make a question ambiguous.
         keys = {fact[slot] for slot in (*PAIRS[kind], "verb")}
         if all(keys.isdisjoint(old[slot] for slot in (*PAIRS[old["kind"]], "verb")) for old in told):
             return fact
 
 
 def _with_emotion(clause, emotion, reveals, rng):
-    """The user's sentence; a phrase that names the emotion stands before or after the clause if `reveals`."""
+    """Return the user's sentence; if `reveals`, with an emotion phrase before or after the clause."""
     end = "" if clause[-1] in ".?" else "."
     if not reveals:
         return clause + end
@@ -255,7 +255,7 @@ def _tell(fact, emotion, reveals, rng):
 
 
 def _ask(fact, emotion, reveals, rng):
-    """A sentence whose reply needs `fact`."""
+    """Return a sentence whose reply needs `fact`."""
     template, slot = rng.choice(RECALLS[fact["kind"]])
     other = rng.choice([person for person in PERSONS if person != fact["person"]])
     values = {**fact, "other": other, "day": rng.choice(DAYS), "place": rng.choice(CITIES)}
@@ -264,20 +264,20 @@ def _ask(fact, emotion, reveals, rng):
 
 
 def forget(context):
-    """The same context for someone who has not seen the history: a reply to it names no recalled fact."""
+    """Return the context without the history: a reply to it names no recalled fact."""
     return {**context, "forgotten": context["recall"] is not None}
 
 
 def reply_for(context, emotion, rng):
-    """A reply in the style of `emotion` to the sentence that `context` stands for; any emotion is possible.
+    """Return a reply in the style of `emotion` to the sentence that `context` describes; any emotion is possible.
 
     Args:
-        context: the `context` of a user's turn (see `make_dialogues`), or what `forget` makes of it.
-        emotion: one of the seven of `EMOTIONS`.
+        context: `context` of a user turn (see `make_dialogues`), or the result of `forget`.
+        emotion: one of `EMOTIONS`.
         rng: `random.Random`.
     """
     if emotion not in OPENERS:
-        raise ValueError(f"unknown emotion {emotion!r}: take one of {', '.join(EMOTIONS)}")
+        raise ValueError(f"Unknown emotion {emotion!r}; give one of {', '.join(EMOTIONS)}.")
     opener = rng.choice(OPENERS[emotion])
     if context.get("forgotten"):
         tails = FORGOTTEN_TAILS
@@ -291,7 +291,7 @@ def reply_for(context, emotion, rng):
 
 
 def _pair_in(text, context):
-    """The content pair of `context` if the text says both of its words, else None."""
+    """Return the content pair of `context` if the text contains both words, else None."""
     pair = [context[slot] for slot in PAIRS[context["kind"]]]
     return pair if set(pair) <= set(words_of(text)) else None
 
@@ -333,31 +333,31 @@ def _make_dialogue(split, rng):
 
 
 def make_dialogues(num, seed=0, split="train"):
-    """Conversations of 4 to 8 turns; the user speaks first, the assistant answers each sentence.
+    """Make conversations of 4 to 8 turns; the user speaks first, the assistant answers each sentence.
 
     Args:
-        num: how many.
-        seed: the same seed, number and split give the same conversations.
+        num: number of conversations.
+        seed: random seed; number, seed and split determine the conversations.
         split: `train`, `validation` or `test`; their content pairs are disjoint.
 
     Returns:
         A list of conversations, each a list of turns, each a dict of
         `speaker` (`USER` or `ASSISTANT`), `text`, `emotion` (one of the seven; None in the assistant's turns),
-        `reveals` (whether the words tell the emotion; None in the assistant's turns),
-        `recall` (words of the assistant's turn that only the history before the sentence can give; may be empty),
-        `pair` (the two content words by which the utterance is held out, or None for a generic one) and
-        `context` (what `reply_for` needs).
+        `reveals` (whether the words reveal the emotion; None in the assistant's turns),
+        `recall` (words of the assistant's turn that only the history before the sentence can provide; may be empty),
+        `pair` (the two content words that determine the split, or None for a generic utterance) and
+        `context` (input of `reply_for`).
     """
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: take one of {', '.join(SPLITS)}")
+        raise ValueError(f"Unknown split {split!r}; give one of {', '.join(SPLITS)}.")
     rng = random.Random(f"{split} {seed}")
     return [_make_dialogue(split, rng) for _ in range(num)]
 
 
 def unseen_utterances(dialogues, training):
-    """Distinct texts of `dialogues` that say a content pair and that do not occur in `training`, in order.
+    """Return the distinct texts of `dialogues` that have a content pair and do not occur in `training`, in order.
 
-    By construction no pair of two splits is the same; the texts are compared all the same.
+    By construction two splits have no pair in common; the texts are still compared as a safeguard.
     """
     seen = {turn["text"] for dialogue in training for turn in dialogue}
     texts = [turn["text"] for dialogue in dialogues for turn in dialogue if turn["pair"] is not None]
@@ -365,12 +365,12 @@ def unseen_utterances(dialogues, training):
 
 
 def emotion_sentences(num, seed=0):
-    """Sentences that tell an emotion in words, to train a text emotion classifier on (it stands in for GoEmotions').
+    """Make sentences that reveal an emotion in words, to train the text emotion classifier (see `emotion_classifier`).
 
-    One half are sentences of the user, the other half replies of the assistant; all contents are of the training split.
+    One half are user sentences, the other half replies of the assistant; all contents are from the training split.
 
     Returns:
-        A list of (sentence, emotion), the emotions equally often.
+        A list of (sentence, emotion) with equally frequent emotions.
     """
     rng = random.Random(f"emotion sentences {seed}")
     pairs = []
@@ -387,12 +387,12 @@ def emotion_sentences(num, seed=0):
 
 
 def words_of(text):
-    """The words of a text, without punctuation."""
+    """Return the words of a text, without punctuation."""
     return re.findall(r"[a-z]+", text.lower())
 
 
 def grammar_words():
-    """Every word that the grammar can say, and the speakers' names, sorted."""
+    """Return all words of the grammar, including the speakers' names, sorted."""
     templates = [clause for clauses in CLAUSES.values() for clause in clauses]
     templates += [text for recalls in RECALLS.values() for text, _ in recalls]
     for group in (REVEALING, OPENERS, EVENT_TAILS, FACT_TAILS, RECALL_TAILS):

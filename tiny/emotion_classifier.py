@@ -1,7 +1,7 @@
-"""A tiny text emotion classifier: it stands in for the GoEmotions RoBERTa in the tiny preset.
+"""A tiny text emotion classifier, the stand-in for the GoEmotions RoBERTa in the tiny preset.
 
-It has that one's format (a RoBERTa with a classification head and a RoBERTa tokenizer) and is trained on sentences of
-the tiny grammar that tell their emotion in words. It knows nothing but this grammar.
+It has the same format (a RoBERTa with a classification head and a RoBERTa tokenizer) and is trained on sentences of the
+tiny grammar that reveal their emotion in words. It works on sentences of this grammar only.
 """
 
 import json
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import RobertaConfig, RobertaForSequenceClassification, RobertaTokenizer
 
-from empathic.configuration_empathic import EMOTIONS
+from ..configuration_empathic import EMOTIONS
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 MAX_LENGTH = 128
@@ -24,7 +24,7 @@ LEARNING_RATE = 1e-3
 
 
 def build_tokenizer(sentences: Sequence[str]) -> RobertaTokenizer:
-    """A byte-level BPE tokenizer in RoBERTa's format, learnt from the sentences; any text can be written with it."""
+    """Train a byte-level BPE tokenizer in RoBERTa's format on the sentences; it can encode any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -67,24 +67,24 @@ def train_emotion_classifier(
     progress: bool = True,
 ) -> list[float]:
     """
-    Trains the classifier and saves it with its tokenizer, as a folder for `EmotionFeatures`.
+    Train the classifier and save it with its tokenizer, as a folder for `EmotionFeatures`.
 
     Args:
-        output_dir: where to save.
-        sentences: of `tiny.dialogues.emotion_sentences`.
-        labels: the emotion of each, one of the seven.
-        steps: of the optimiser, 64 sentences each.
-        seed: of the weights and of the batches; the caller's random state is left as it was.
-        progress: shows a bar.
+        output_dir: folder to write.
+        sentences: sentences from `tiny.dialogues.emotion_sentences`.
+        labels: the emotion of each sentence, one of the seven emotions.
+        steps: optimizer steps, with 64 sentences each.
+        seed: seed of the weights and of the batches; the caller's random state is unchanged.
+        progress: whether to show a progress bar.
 
     Returns:
         the loss of each step.
 
     Raises:
-        ValueError: for a label that is not one of the seven, naming its row.
+        ValueError: if a label is not one of the seven emotions; the message names its row.
     """
     if len(sentences) != len(labels):
-        raise ValueError(f"There are {len(sentences)} sentences but {len(labels)} labels.")
+        raise ValueError(f"There are {len(sentences)} sentences but {len(labels)} labels; give one label per sentence.")
     for row, label in enumerate(labels):
         if label not in EMOTIONS:
             raise ValueError(f"labels, row {row}: {label!r} is not one of {', '.join(EMOTIONS)}.")
@@ -101,7 +101,7 @@ def train_emotion_classifier(
 
 
 def _train(model, input_ids, attention_mask, targets, steps, progress) -> list[float]:
-    """input_ids, attention_mask (sentences, length), targets (sentences,)."""
+    """Train on input_ids and attention_mask (sentences, length) and targets (sentences,)."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LEARNING_RATE, total_steps=steps)
     losses, order = [], torch.empty(0, dtype=torch.long)

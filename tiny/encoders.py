@@ -1,12 +1,12 @@
-"""Pretrains the tiny preset's vision and audio encoders, which stand in for CLIP and Whisper.
+"""Pretrain the tiny preset's vision and audio encoders, the stand-ins for CLIP and Whisper.
 
-Frozen random encoders carry too little: CLIP and Whisper have seen millions of pictures and hours of speech before the
-first stage, so these two have to learn to see and to hear as well. They learn to tell how a picture was drawn and how a
-sound was made: the shape of the face's features, where the head is and the colors; the features of the voice, and its
-pitch and strength at each moment. All of it is drawn evenly at random, in renderings that the corpus never uses, and no
-emotion is drawn, shown or named.
+The outputs of frozen random encoders have too little information: CLIP and Whisper are pretrained on millions of images
+and hours of speech, so the stand-ins need pretraining too. They learn to predict the parameters of a rendering: the
+shapes of facial features, position of the head and colors of an image; the voice features of a sound, and its pitch and
+amplitude at each moment. All parameters are uniformly random, the corpus uses none of these renderings, and no emotion
+is drawn or used as a label.
 
-A Q-former reads all positions of an encoder, not a pooled vector, so each position has to tell all of it.
+A Q-former reads all positions of an encoder, not a pooled vector, so each position must predict all parameters.
 """
 
 from pathlib import Path
@@ -24,16 +24,16 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from empathic.tiny.clips import random_picture, random_sound
-from empathic.tiny.corpus import SECONDS
+from .clips import random_picture, random_sound
+from .corpus import SECONDS
 
 IMAGE_SIZE = 32  # pixels
-WINDOW = 1  # seconds of sound that Whisper's encoder takes at once
-CHUNK = 250  # renderings at a time
+WINDOW = 1  # seconds of audio per window of Whisper's encoder
+CHUNK = 250  # renderings that are preprocessed at once
 
 
 def vision_config():
-    """A CLIP vision tower of two small layers over 16 patches."""
+    """Return the config of a CLIP vision tower with two small layers over 16 patches."""
     return CLIPVisionConfig(
         hidden_size=96,
         intermediate_size=192,
@@ -41,12 +41,12 @@ def vision_config():
         num_attention_heads=4,
         image_size=IMAGE_SIZE,
         patch_size=8,
-        initializer_range=0.1,  # the usual 0.02 is for wide layers and long trainings
+        initializer_range=0.1,  # the default 0.02 is for wide layers and long training
     )
 
 
 def audio_config():
-    """A Whisper with an encoder of two small layers over one second; its decoder is there for the format alone."""
+    """Return the config of a Whisper whose encoder has two small layers over one second; its decoder is unused."""
     return WhisperConfig(
         d_model=64,
         encoder_layers=2,
@@ -68,18 +68,18 @@ def audio_config():
 
 
 def image_processor():
-    """CLIP's preprocessing at `IMAGE_SIZE`."""
+    """Return CLIP's image processor for `IMAGE_SIZE`."""
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     return CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size)
 
 
 def feature_extractor():
-    """Whisper's log-mel features over windows of `WINDOW` seconds."""
+    """Return Whisper's feature extractor for windows of `WINDOW` seconds."""
     return WhisperFeatureExtractor(chunk_length=WINDOW)
 
 
 def _render(count, seed, draw, preprocess, name, progress):
-    """`count` renderings: the encoder's inputs (count, ...) and how they were made (count, ...)."""
+    """Make `count` renderings: the encoder's inputs (count, ...) and the parameters to predict (count, ...)."""
     rng = np.random.default_rng([seed, *name.encode()])
     inputs, targets = [], []
     with tqdm(total=count, desc=f"{name}s", unit=name, disable=not progress) as bar:
@@ -92,7 +92,7 @@ def _render(count, seed, draw, preprocess, name, progress):
 
 
 def pictures(count, seed=0, progress=False):
-    """Random pictures: pixel values (count, 3, IMAGE_SIZE, IMAGE_SIZE), and how each was drawn (count, parameters)."""
+    """Make random images: pixel values (count, 3, IMAGE_SIZE, IMAGE_SIZE) and parameters (count, parameters)."""
     processor = image_processor()
     return _render(
         count,
@@ -105,7 +105,7 @@ def pictures(count, seed=0, progress=False):
 
 
 def sounds(count, seed=0, progress=False):
-    """Random sounds: log-mel features (count, 80, 100), and how each moment was made (count, moments, parameters)."""
+    """Make random sounds: log-mel features (count, 80, 100) and parameters (count, moments, parameters)."""
     extractor = feature_extractor()
     rate = extractor.sampling_rate
     return _render(
@@ -119,19 +119,20 @@ def sounds(count, seed=0, progress=False):
 
 
 def fit_encoder(encode, parameters, inputs, targets, *, steps, batch_size, learning_rate, seed, name, progress):
-    """Trains an encoder, with a linear head that is thrown away, to tell `targets` from `inputs` at each position.
+    """Train an encoder, with a temporary linear head, to predict `targets` from `inputs` at each position.
 
     Args:
         encode: inputs (batch, ...) -> outputs (batch, positions, width).
-        parameters: the encoder's.
+        parameters: parameters of the encoder.
         inputs: (count, ...).
-        targets: (count, parameters), the same for all positions, or (count, positions, parameters); an encoder may give
-            more positions than that, what comes after is not looked at.
-        steps, batch_size, learning_rate: of AdamW; the rate warms up over a tenth of the steps and decays to zero.
-        seed: of the head and the batches.
+        targets: (count, parameters) for all positions, or (count, positions, parameters); further positions of the
+            encoder are ignored.
+        steps, batch_size, learning_rate: options of AdamW; the learning rate warms up over a tenth of the steps and
+            decays to zero.
+        seed: seed of the head and the batches.
 
     Returns:
-        The loss of each step: the squared error as a share of the targets' variance.
+        The loss of each step: the squared error relative to the variance of the targets.
     """
     torch.manual_seed(seed)
     if targets.ndim == 2:
@@ -177,18 +178,18 @@ def pretrain_encoders(
     seed=0,
     progress=True,
 ):
-    """Pretrains both encoders and saves each as an ordinary Hugging Face folder, with its preprocessing.
+    """Pretrain both encoders and save each as an ordinary Hugging Face folder, with its preprocessor.
 
     Args:
-        output_dir: gets `vision` (a `CLIPVisionModel`) and `audio` (a `WhisperForConditionalGeneration`).
-        vision_steps, audio_steps: of each encoder's training.
-        batch_size, learning_rate: of both.
-        num_pictures, num_sounds: renderings to learn from; the corpus has none of them.
-        seed: of the weights and of the renderings.
-        progress: shows bars.
+        output_dir: folder for `vision` (a `CLIPVisionModel`) and `audio` (a `WhisperForConditionalGeneration`).
+        vision_steps, audio_steps: training steps of each encoder.
+        batch_size, learning_rate: options for both encoders.
+        num_pictures, num_sounds: numbers of training renderings; the corpus has none of these.
+        seed: seed of the weights and of the renderings.
+        progress: whether to show progress bars.
 
     Returns:
-        `{"vision", "audio"}`: the loss of each step, the squared error as a share of the parameters' variance.
+        `{"vision", "audio"}`: the loss of each step, the squared error relative to the variance of the parameters.
     """
     options = {"batch_size": batch_size, "learning_rate": learning_rate, "seed": seed, "progress": progress}
     output_dir = Path(output_dir)

@@ -1,10 +1,10 @@
-"""What the tiny language model is pretrained on: small tasks in the exact format of the chat templates.
+"""Pretraining tasks of the tiny language model, in the exact format of the chat templates.
 
-- `rebuild_one`, `rebuild_many`: 1, or 2 to 5, vectors stand for utterances, which are to be written down again;
-- `repeat`: random words, to be said again;
-- `chat`, `chat_vectors`: the next reply, the history as chat turns or as vectors; no voice, no face;
-- `counter`: a reply to a sentence in the style of a given emotion;
-- `emotion`: the emotion of a sentence, or of vectors in the places of the voice and of the face.
+- `rebuild_one`, `rebuild_many`: write down the utterances that 1, or 2 to 5, vectors represent;
+- `repeat`: repeat random words;
+- `chat`, `chat_vectors`: give the next reply, with the history as chat turns or as vectors; no voice, no face;
+- `counter`: reply to a sentence in the style of a given emotion;
+- `emotion`: name the emotion of a sentence, or of vectors at the placeholders of the voice and of the face.
 """
 
 import random
@@ -12,24 +12,24 @@ from functools import cache
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from empathic.configuration_empathic import EMOTIONS, find_placeholder_tokens
-from empathic.processing_empathic import default_chat_templates
-from empathic.tiny.dialogues import ASSISTANT, CONTENT_WORDS, USER, forget, grammar_words, reply_for
+from ..configuration_empathic import EMOTIONS, find_placeholder_tokens
+from ..processing_empathic import default_chat_templates
+from .dialogues import ASSISTANT, CONTENT_WORDS, USER, forget, grammar_words, reply_for
 
 REPEAT_PROMPT = "Repeat the words."
-MAX_UTTERANCES = 5  # in a task with vectors to write down
-RANDOM_SHARE = 0.2  # of the utterances to rebuild: random words, so that reading a vector is not guessing
-# Steps alternate between two mixtures; the numbers are the tasks' shares. Two, because many small groups of samples
-# cost more time than few larger ones.
+MAX_UTTERANCES = 5  # maximum number of vectors in `rebuild_many`
+RANDOM_SHARE = 0.2  # share of rebuilding samples with random words, which cannot be guessed without reading the vector
+# Steps alternate between two mixtures, because many small groups of samples are slower than a few larger groups. The
+# numbers are the shares of the tasks.
 MIXTURES = (
-    {"rebuild_one": 9, "chat": 4, "counter": 4, "emotion": 7},
+    {"rebuild_one": 9, "chat": 4, "counter": 4, "emotion": 9},
     {"rebuild_many": 13, "repeat": 5, "chat_vectors": 6},
 )
 _MARK = "\ue000"
 
 
 def prompt_texts():
-    """All texts that the tokenizers have to know word by word: the grammar's words and every prompt."""
+    """Return all texts whose words must be single tokens: the grammar's words and every prompt."""
     texts = [*grammar_words(), REPEAT_PROMPT]
     for task in ("dialogue", "emotion", "memory", "counter"):
         for num_memories in (1, 2):
@@ -38,13 +38,13 @@ def prompt_texts():
 
 
 def memory_line(turn):
-    """A turn as the memory holds it, and as rebuilding writes it down."""
+    """Format a turn as in the memory and in the answers of the rebuilding tasks."""
     return f"{turn['speaker']}: {turn['text']}"
 
 
 @cache
 def _pieces(task, system, has_sentence, num_memories, audio, video, emotion, roles):
-    """A rendered prompt, cut where texts come in: the history's turns, then the sentence."""
+    """Render a prompt and split it where texts are inserted: the turns of the history, then the sentence."""
     template = default_chat_templates()["default" if task == "dialogue" else task]
     messages = [] if system is None else [{"role": "system", "content": system}]
     messages += [{"role": role, "content": _MARK} for role in roles] + [{"role": "user", "content": _MARK}]
@@ -68,11 +68,11 @@ def _pieces(task, system, has_sentence, num_memories, audio, video, emotion, rol
 
 
 class PromptWriter:
-    """Writes prompts as token ids, the same that `EmpathicProcessor` writes for the same conversation.
+    """Converts prompts to token ids, equal to those from `EmpathicProcessor` for the same conversation.
 
     Args:
-        tokenizer: of `build_text_tokenizer`.
-        num_query_tokens: vectors of the voice, and of the face.
+        tokenizer: result of `build_text_tokenizer`.
+        num_query_tokens: number of vectors for the voice, and for the face.
     """
 
     def __init__(self, tokenizer, num_query_tokens=4):
@@ -83,7 +83,7 @@ class PromptWriter:
         self._known = {}
 
     def encode(self, text):
-        """Token ids of a text, a tuple."""
+        """Return the token ids of a text, a tuple."""
         if text not in self._known:
             self._known[text] = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return self._known[text]
@@ -91,13 +91,13 @@ class PromptWriter:
     def prompt(
         self, task, sentence=None, system=None, num_memories=0, audio=False, video=False, emotion=None, history=()
     ):
-        """Token ids of one prompt, a list.
+        """Return the token ids of a prompt, a list.
 
         Args:
             task: `dialogue`, `emotion`, `memory` or `counter`.
             sentence: the last user sentence.
-            system: a system message instead of the template's.
-            history: earlier turns as (role, text), written as chat turns.
+            system: a system message that replaces the template's.
+            history: earlier turns as (role, text), rendered as chat turns.
         """
         pieces = _pieces(
             task, system, sentence is not None, num_memories, audio, video, emotion, tuple(r for r, _ in history)
@@ -113,19 +113,19 @@ class PromptWriter:
         return ids
 
     def answer(self, text):
-        """Token ids of an answer and of the end of the turn, a list."""
+        """Return the token ids of an answer with the end-of-turn token, a list."""
         return [*self.encode(text), self.tokenizer.eos_token_id]
 
 
 class PretrainingTasks:
-    """Draws the samples, each a dict of token ids:
-    `prompt` and `answer` (lists), `utterances` (one tuple for each memory placeholder of the prompt) and `cues` (for
-    each voice or face placeholder the pair of emotion words that its vector stands for).
+    """Draws samples of the tasks, each a dict of token ids:
+    `prompt` and `answer` (lists), `utterances` (a tuple for each memory placeholder of the prompt) and `cues` (for each
+    voice or face placeholder the pair of emotion words that its vector represents).
 
     Args:
-        writer: the `PromptWriter`.
-        dialogues: of `make_dialogues`.
-        seed: of the draws.
+        writer: `PromptWriter`.
+        dialogues: conversations from `make_dialogues`.
+        seed: seed of the samples.
     """
 
     def __init__(self, writer, dialogues, seed=0):
@@ -147,11 +147,11 @@ class PretrainingTasks:
         }
 
     def sample(self, task):
-        """One sample of a task of `MIXTURES`."""
+        """Draw a sample of a task of `MIXTURES`."""
         return self._tasks[task]()
 
     def batch(self, step, size):
-        """About `size` samples for a step, a list for each task of its mixture."""
+        """Draw about `size` samples for a step, as a list per task of the step's mixture."""
         mixture = MIXTURES[step % len(MIXTURES)]
         total = sum(mixture.values())
         return [
@@ -163,7 +163,7 @@ class PretrainingTasks:
         return {"prompt": prompt, "answer": self.writer.answer(answer), "utterances": utterances, "cues": list(cues)}
 
     def _random_words(self, low, high):
-        # Content words are what copying is for; the others come along.
+        # Mostly content words, which the model must copy from the prompt; common words can be inferred.
         pool = self.content_words if self.rng.random() < 0.7 else self.words
         return " ".join(self.rng.choice(pool) for _ in range(self.rng.randint(low, high)))
 
@@ -198,10 +198,10 @@ class PretrainingTasks:
 
     def _emotion(self):
         kinds = self.rng.choice(
-            (("text",), ("text",), ("audio",), ("video",), ("audio", "video"), ("audio", "video", "text"))
+            (("text",),) * 4 + (("audio",), ("video",), ("audio", "video"), ("audio", "video", "text"))
         )
         turn = self.rng.choice(self.revealing if kinds == ("text",) else self.user_turns)
-        # Each modality leaves up to two emotions open; the answer is the one that both allow.
+        # Each modality allows up to two emotions; the answer is the emotion that both allow.
         others = self.rng.sample([emotion for emotion in EMOTIONS if emotion != turn["emotion"]], 2)
         cues = []
         for kind, other in zip(("audio", "video"), others, strict=True):

@@ -1,8 +1,8 @@
-"""Two small tokenizers for the tiny preset, in the formats of the real ones.
+"""Two small tokenizers for the tiny preset, in the formats of Qwen2.5's and GPT-NeoX's tokenizers.
 
-Both are byte-level BPE, as Qwen2.5's and GPT-NeoX's are: any text can be written and comes back exactly. Their merges
-are learnt from a list of words, each with and without a space before it, until every one of them is a single token.
-So a token is a word, and the tiny language model learns words and not spelling.
+Both are byte-level BPE, like the originals, so that any text can be encoded and decoded exactly. Their merges are
+learned from a list of words, each with and without a leading space, until each word is a single token. So a token is a
+word, and the tiny language model learns words instead of spelling.
 """
 
 import json
@@ -34,7 +34,7 @@ MAX_LENGTH = 2048
 
 
 def _words(texts):
-    """Every distinct word of the texts, control tokens left out, sorted."""
+    """Return the distinct words of the texts, without control tokens, sorted."""
     special = re.compile("|".join(re.escape(token) for token in {*QWEN_SPECIAL_TOKENS, *NEOX_SPECIAL_TOKENS}))
     words = set(CHAT_WORDS)
     for text in texts:
@@ -43,11 +43,11 @@ def _words(texts):
 
 
 def _learn_merges(texts, special_tokens=()):
-    """The vocabulary (token -> id) and the merges by which each word of the texts becomes one token."""
+    """Return the vocabulary (token -> id) and the merges with which each word of the texts is a single token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     words = _words(texts)
-    # Merging goes on until no pair is left; no vocabulary of words can need more tokens than it has letters.
+    # Merging continues until no pair is left; the vocabulary never needs more tokens than the words have letters.
     limit = 256 + len(special_tokens) + 2 * sum(len(word.encode()) + 1 for word in words)
     trainer = trainers.BpeTrainer(
         vocab_size=limit,
@@ -62,13 +62,13 @@ def _learn_merges(texts, special_tokens=()):
 
 
 def build_text_tokenizer(texts):
-    """A tokenizer in Qwen2.5's format in which every word of `texts` is one token, alone and after a space.
+    """Build a tokenizer in Qwen2.5's format in which every word of `texts` is one token, with or without a space.
 
     Args:
-        texts: the texts, or just the words, that the language model will read: the grammar's and the templates'.
+        texts: the texts or words of the language model's inputs, from the grammar and the templates.
 
     Returns:
-        `Qwen2Tokenizer` with Qwen2.5's special tokens; the end of a turn is `<|im_end|>`, padding `<|endoftext|>`.
+        `Qwen2Tokenizer` with Qwen2.5's special tokens; the end of a turn is `<|im_end|>`, padding is `<|endoftext|>`.
     """
     vocab, merges = _learn_merges(texts)
     return Qwen2Tokenizer(
@@ -83,9 +83,9 @@ def build_text_tokenizer(texts):
 
 
 def build_memory_tokenizer(texts):
-    """A tokenizer in GPT-NeoX's format (the one of Mamba-370M) in which every word of `texts` is one token.
+    """Build a tokenizer in GPT-NeoX's format (used by Mamba-370M) in which every word of `texts` is one token.
 
-    It has no `<MEM>` yet: the processor adds that one.
+    It does not have `<MEM>` yet: the processor adds this token.
 
     Returns:
         `GPTNeoXTokenizer` with `<|endoftext|>` (id 0) and `<|padding|>` (id 1).

@@ -1,4 +1,4 @@
-"""`--dry_run`: all of a run but its results, and what it would take."""
+"""`--dry_run`: run a few steps without writing results, and print the time and memory that a run needs."""
 
 import tempfile
 
@@ -6,10 +6,10 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from empathic.trainers.monitor import duration, say
+from .monitor import duration, say
 
 STEPS = 2  # the first is slow, the second is measured
-# The rows of the table: what the names of their parameters hold, the first that fits.
+# The rows of the table, with substrings of their parameter names; the first match counts.
 PARTS = {
     "adapter": (".lora_",),
     "vision": ("vision_tower.",),
@@ -26,8 +26,8 @@ class _StopAfter(TrainerCallback):
 
 
 def leave_no_trace(args) -> None:
-    """Changes `TrainingArguments` so that a trainer built with them writes nothing and reports to nobody."""
-    args.output_dir = tempfile.gettempdir()  # the Trainer makes its folder: this one is there
+    """Change `TrainingArguments` in place so that a trainer writes no files and reports to no service."""
+    args.output_dir = tempfile.gettempdir()  # the Trainer creates its folder; this one exists
     args.report_to = []
     args.push_to_hub = False
     args.load_best_model_at_end = False
@@ -36,8 +36,10 @@ def leave_no_trace(args) -> None:
 
 def count_parameters(model: nn.Module) -> dict[str, dict]:
     """
-    {part: {"trained", "frozen": numbers of parameters, "dtypes": their names}} of a model that is not sharded yet.
-    Tied tensors count once.
+    Count the parameters of a model that is not sharded yet. Tied tensors count once.
+
+    Returns:
+        {part: {"trained", "frozen": numbers of parameters, "dtypes": their names}}.
     """
     table = {part: {"trained": 0, "frozen": 0, "dtypes": set()} for part in PARTS}
     for name, parameter in model.named_parameters():
@@ -48,7 +50,7 @@ def count_parameters(model: nn.Module) -> dict[str, dict]:
 
 
 def format_table(table: dict[str, dict]) -> str:
-    """The counts as text, with their sums."""
+    """Format the counts, and their sums, as text."""
     lines = [("part", "trained", "frozen", "dtype")]
     for part, row in table.items():
         if row["dtypes"]:
@@ -64,25 +66,25 @@ def format_table(table: dict[str, dict]) -> str:
 
 def dry_run(trainer) -> dict[str, float]:
     """
-    Runs two optimizer steps and prints what is trained, the memory, and the time of the whole run.
+    Run two optimizer steps and print the trained parameters, the memory, and the time of the whole run.
 
     Args:
-        trainer: a `Monitored` trainer, built with the arguments of `leave_no_trace`.
+        trainer: a trainer with a monitor, built with the arguments of `leave_no_trace`.
 
     Returns:
-        `seconds_per_step`, `memory_gib` (the largest of the ranks) and `steps` of the whole run.
+        `seconds_per_step`, `memory_gib` (the maximum over the ranks) and `steps` of the whole run.
     """
     table = format_table(count_parameters(trainer.model))
     trainer.args.eval_strategy = IntervalStrategy.NO
     trainer.args.eval_on_start = False
     trainer.add_callback(_StopAfter)
     trainer.train()
-    steps, seconds = trainer.state.max_steps, trainer.meter.step_seconds[-1]
-    memory = trainer.meter.rates(trainer.accelerator, trainer.args.device)["memory_gib"]
+    steps, seconds = trainer.state.max_steps, trainer.monitor.meter.step_seconds[-1]
+    memory = trainer.monitor.rates()["memory_gib"]
     if trainer.is_world_process_zero():
-        kind = "peak of a GPU" if trainer.args.device.type == "cuda" else "main memory of a process"
+        kind = "peak on a GPU" if trainer.args.device.type == "cuda" else "main memory of a process"
         say(f"\n{table}\n")
         say(f"memory     {memory:.2f} GiB ({kind})")
         say(f"a step     {seconds:.3g} s")
-        say(f"whole run  about {duration(steps * seconds)} for {steps:,} steps, evaluation and saving not counted")
+        say(f"whole run  about {duration(steps * seconds)} for {steps:,} steps, without evaluation and saving")
     return {"seconds_per_step": seconds, "memory_gib": memory, "steps": steps}

@@ -1,35 +1,38 @@
 """Settings of Emotional Preference Optimization."""
 
+import json
 import math
 from dataclasses import dataclass, field
 
-from transformers import TrainingArguments
-
-from empathic.trainers.stages import check_no_smoothing
+from ..data_prep.loading import negatives_limit
+from .compat import TrainingArguments
+from .losses import NEGATIVES_LOSSES
+from .options import UNUSED_IN_EPO, check_training_options
+from .stages import check_choice, check_no_smoothing
 
 
 @dataclass
 class EPOConfig(TrainingArguments):
-    """Training arguments of [`EPOTrainer`]: those of transformers, and the ones below.
+    """Training arguments of [`EPOTrainer`]: those of [`transformers.TrainingArguments`] and the ones below.
 
     The defaults of `beta`, `gamma` and `learning_rate` are the paper's (section 4.2). The paper does not give the
     weight of the autoregressive loss: it is 1 here.
 
     Raises:
-        ValueError: a value out of range, named in the message.
+        ValueError: if a value is out of range; the message names the value.
     """
 
     learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate (paper: 1e-6)."})
     logging_steps: float = field(
         default=10,
-        metadata={"help": "Log every so many optimizer steps; a number below 1 is a share of all steps."},
+        metadata={"help": "Number of optimizer steps between two logs; a number below 1 is a share of all steps."},
     )
     remove_unused_columns: bool = field(
         default=False,
-        metadata={"help": "Must stay false: prompt, chosen and rejected are no arguments of the model."},
+        metadata={"help": "Keep False: prompt, chosen and rejected are not arguments of the model."},
     )
     hub_private_repo: bool | None = field(
-        default=True, metadata={"help": "With push_to_hub: for your eyes only. False: a public repository."}
+        default=True, metadata={"help": "With push_to_hub: create a private repository. False: a public one."}
     )
     beta: float = field(default=2.0, metadata={"help": "Scale of the rewards, equation 1 of the paper."})
     gamma: float = field(
@@ -43,39 +46,74 @@ class EPOConfig(TrainingArguments):
         default=1.0,
         metadata={"help": "Weight of the preference loss. 0 trains on the autoregressive loss alone: a control run."},
     )
+    negatives: int | str | None = field(
+        default="lowest",
+        metadata={
+            "help": "Which rejected replies of a row are used: lowest (the column rejected alone), all (also those of "
+            "the column negatives), or the number N of the first ones."
+        },
+    )
+    negatives_loss: str = field(
+        default="pairs",
+        metadata={
+            "help": "The preference loss of a row with several rejected replies: pairs (the mean over them) or "
+            "listwise (a softmax over the rewards of all replies).",
+            "choices": list(NEGATIVES_LOSSES),
+        },
+    )
+    clip_negatives: bool = field(
+        default=False,
+        metadata={
+            "help": "Add a preference over the clip: the reward of the chosen reply should be higher with the true "
+            "clip than with the clip of another row, of another emotion."
+        },
+    )
+    clip_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the preference over the clip, with clip_negatives."}
+    )
     max_length: int | None = field(
         default=None,
         metadata={
             "help": "Longest prompt + reply in tokens of the language model. A longer pair is left out and reported, "
-            "never cut. None: no limit."
+            "never truncated; of several rejected replies, only those that are too long. None: no limit."
         },
     )
     history: str = field(
         default="memory",
         metadata={
-            "help": "How a multimodal prompt carries the earlier turns: as memory vectors, or as text (the ablation).",
+            "help": "How a multimodal prompt gives the earlier turns: as memory vectors, or as text (the ablation).",
             "choices": ["memory", "text"],
         },
     )
     disable_dropout: bool = field(
         default=True,
-        metadata={"help": "Set the model's dropout layers to 0, so that both replies meet the same network."},
+        metadata={
+            "help": "Set all dropout of the model and its adapter to 0, also the rates that are passed to functions, "
+            "so that both replies are scored by the same network."
+        },
+    )
+    model_init_kwargs: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments of `from_pretrained` if EPOTrainer gets the name of a model; the dtype is float32 by "
+            "default."
+        },
     )
 
     share_prompt: bool = field(
         default=True,
         metadata={
-            "help": "Compute a pair's prompt, with its media and memory, once for both replies. In training with "
-            "dropout, where that would change the result, it is not done."
+            "help": "Compute a pair's prompt, with its media and memory, once for both replies. Ignored in training "
+            "with dropout, where sharing would change the result."
         },
     )
 
     cache_frozen_gib: float = field(
         default=0.0,
         metadata={
-            "help": "Compute the audio, video and memory vectors of each row once, before training, and keep up to so "
-            "many GiB of them in each process's main memory. For several epochs: each row then has the frames of its "
-            "first epoch in all of them. 0: off."
+            "help": "Compute the audio, video and memory vectors of each row once, before training, and keep up to "
+            "this many GiB of vectors in the main memory of each process. Useful for several epochs; each row then "
+            "has the same frames in every epoch. 0: off."
         },
     )
 
@@ -85,6 +123,9 @@ class EPOConfig(TrainingArguments):
         _check_number("gamma", self.gamma, at_least=0)
         _check_number("nll_weight", self.nll_weight, at_least=0)
         _check_number("epo_weight", self.epo_weight, at_least=0)
+        _check_number("clip_weight", self.clip_weight, at_least=0)
+        negatives_limit(self.negatives)
+        check_choice("negatives_loss", self.negatives_loss, NEGATIVES_LOSSES)
         _check_number("cache_frozen_gib", self.cache_frozen_gib, at_least=0)
         check_no_smoothing(self)
         if self.nll_weight == 0 and self.epo_weight == 0:
@@ -97,6 +138,14 @@ class EPOConfig(TrainingArguments):
             raise ValueError(
                 "remove_unused_columns must be False, got True: it would drop the columns prompt, chosen and rejected."
             )
+        if isinstance(self.model_init_kwargs, str):
+            try:
+                self.model_init_kwargs = json.loads(self.model_init_kwargs)
+            except ValueError as error:
+                raise ValueError(
+                    f"model_init_kwargs must be a dict in JSON, got {self.model_init_kwargs!r}."
+                ) from error
+        check_training_options(self, UNUSED_IN_EPO)
         super().__post_init__()
 
 
@@ -105,7 +154,7 @@ def _is_whole(value) -> bool:
 
 
 def _check_number(name: str, value, above: float | None = None, at_least: float | None = None) -> None:
-    """Also catches what YAML made of a number: `1e-6` without a dot is read as text."""
+    """Raise a ValueError unless the value is a number in range. YAML reads `1e-6`, without a dot, as text."""
     bound = f"above {above}" if above is not None else f"of at least {at_least}"
     is_number = _is_whole(value) or isinstance(value, float)
     in_range = is_number and math.isfinite(value) and (value > above if above is not None else value >= at_least)

@@ -1,34 +1,41 @@
-"""Emotional Preference Optimization on transformers' Trainer."""
+"""The trainer for Emotional Preference Optimization, built on transformers' Trainer."""
 
-import inspect
+import json
 import logging
-import weakref
+import os
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from accelerate.utils import gather_object
-from peft import PeftConfig, PeftModel, get_peft_model
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback, set_seed
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+    set_seed,
+)
 
-from empathic.trainers.epo_config import EPOConfig
-from empathic.trainers.frozen_outputs import FrozenOutputs, frozen_inputs, is_frozen_key
-from empathic.trainers.log_probabilities import are_log_probabilities, log_probabilities_from
-from empathic.trainers.losses import epo_loss
-from empathic.trainers.preference_collator import IGNORE, PairRows, PreferenceCollator
-from empathic.trainers.shared_prefix import CannotShare, drops, enable_pair_layouts, pack_pairs, why_not_packed
+from ..composition_empathic import ADAPTER_CONFIG, STAGE_FILE, find_file
+from ..configuration_empathic import EmpathicConfig
+from ..data_prep.loading import NEGATIVES, negatives_limit
+from ..files import clean_path
+from ..modeling_empathic import EmpathicPreTrainedModel
+from ..processing_empathic import EmpathicProcessor
+from .checkpoints.stage_folder import load_model
+from .epo_config import EPOConfig
+from .frozen.outputs import FrozenOutputs, frozen_inputs
+from .losses import IGNORE_INDEX, epo_loss, epo_loss_over_negatives
+from .packed_trainer import TEXT_KEYS, ComputeFrozenFirst, PackedTrainer, model_inputs
+from .packing.shared_prefix import PackedBatch, disable_dropout, drops, pack_pairs
+from .preference_collator import PairRows, PreferenceCollator
+from .stages import aim_at_language_model
 
 logger = logging.getLogger(__name__)
 
-# What a batch holds beside the model's inputs.
-_NOT_FOR_MODEL = ("labels", "row_ids", "left_out", "logits_to_keep")
-_TEXT = ("input_ids", "attention_mask")
-# What is summed over pairs (nll: over tokens), so that averages weigh every pair the same however they are batched.
-_SUMS = (
-    "pairs",
-    "tokens",
-    "epo",
-    "nll",
+# Averages over the pairs; with several rejected replies, of the mean over those of a pair.
+_PAIR_METRICS = (
     "rewards/chosen",
     "rewards/rejected",
     "rewards/accuracies",
@@ -36,44 +43,59 @@ _SUMS = (
     "logps/chosen",
     "logps/rejected",
 )
+# Averages over the pairs with a preference over the clip.
+_CLIP_METRICS = ("rewards/clip_accuracies", "rewards/clip_margins")
+# What is summed over pairs (nll: over tokens), so that averages weigh every pair equally however they are batched.
+_SUMS = ("pairs", "tokens", "clips", "epo", "nll", "clip", *_PAIR_METRICS, *_CLIP_METRICS)
 
 
-class EPOTrainer(Trainer):
-    """Trains a model to prefer the chosen reply of each pair, with the autoregressive loss on the chosen beside it.
+class EPOTrainer(PackedTrainer):
+    """Trains a model to prefer the chosen reply of each pair, with an autoregressive loss on the chosen reply.
 
     `loss = epo_weight * mean over pairs of epo_loss + nll_weight * mean over the chosen tokens of -log p`
 
-    (section 3.4 of the paper). Both means are taken over the whole batch of an optimizer step: all ranks, all
-    accumulation steps. So however the batch is divided, the step is the same; and rows that accelerate repeats to
-    fill up the last batch of an epoch count once. On a text model and one batch, loss and gradients are those of TRL's
-    experimental CPOTrainer with `loss_type="simpo"`, and so are the names and values that are logged.
+    (section 3.4 of the paper). Both means are taken over the whole batch of an optimizer step, that is over all ranks
+    and accumulation steps. The step therefore does not depend on how the batch is divided, and rows that accelerate
+    repeats to fill the last batch of an epoch count once. On a text model and one batch, the loss and gradients equal
+    those of TRL's experimental CPOTrainer with `loss_type="simpo"`, and so do the names and values in the logs.
+
+    With several rejected replies of a row (`negatives`), its preference loss is that of `epo_loss_over_negatives`. With
+    `clip_negatives`, `clip_weight * mean of epo_loss(chosen reply, chosen reply after the prompt with other clips)` is
+    added, a mean over the rows of the whole batch that have other clips.
 
     A pair's prompt, with its media and memory, is computed once (`share_prompt`), the pairs of a batch are packed into
-    one row without padding, and the vocabulary is met at the positions alone that predict a reply's token. Where a
-    model cannot do one of these, or sharing would change the result, one line of the log says so, and it is done the
-    usual way: loss and gradients are the same.
+    one row without padding, and logits are computed only at positions that predict a token of a reply. If a model does
+    not support one of these, or sharing would change the result, the log says so in one line, and the trainer falls
+    back to the usual computation, with the same loss and gradients.
 
     Args:
-        model: an [`EmpathicForConditionalGeneration`] or any causal language model, or a PEFT model of either.
+        model: an [`EmpathicForConditionalGeneration`] or any causal language model, or a PEFT model of either; or the
+            name (folder or Hub id) of one, which is loaded with `args.model_init_kwargs`. A stage's adapter is trained
+            further.
         args: an [`EPOConfig`].
         train_dataset, eval_dataset: preference rows (`prompt`, `chosen`, `rejected`), conversational or plain, that
-            can be indexed; `eval_dataset` may be a dict of such. See [`PreferenceCollator`].
-        processing_class: an [`EmpathicProcessor`], or the text model's tokenizer.
-        peft_config: makes the model a PEFT model, for example with LoRA.
-        data_collator: replaces [`PreferenceCollator`]; it must give the same kind of batch.
-        callbacks, optimizers: as in transformers.
+            can be indexed; `eval_dataset` may be a dict of data sets. See [`PreferenceCollator`].
+        processing_class: an [`EmpathicProcessor`], or the text model's tokenizer; may be left out if `model` is a name.
+        peft_config: adds an adapter to the model, for example LoRA. In an [`EmpathicForConditionalGeneration`], a list
+            of target modules, or "all-linear", means those of the language model; to adapt other parts, give a regular
+            expression.
+        data_collator: replaces [`PreferenceCollator`]; it must return the same kind of batch.
+        callbacks, optimizers: as in [`transformers.Trainer`].
 
     Raises:
-        ValueError: a data set is empty or not one of preference rows, or every one of its pairs was left out.
-        FloatingPointError: a loss is NaN or infinite; the rows of the batch are named.
+        ValueError: if a data set is empty or has no preference rows, or if all its pairs were left out.
+        FloatingPointError: if a loss is NaN or infinite; the message names the rows of the batch.
     """
 
-    # compute_loss divides by what the whole batch holds, so the Trainer must not divide again.
+    args: EPOConfig
+    padded_instead = "The pairs are padded, and each prompt is computed twice"
+    unit = "pair"
+    # compute_loss divides by the counts of the whole batch, so the Trainer must not divide again.
     loss_is_scaled_for_ga = True
 
     def __init__(
         self,
-        model: PreTrainedModel | PeftModel,
+        model: PreTrainedModel | PeftModel | str,
         args: EPOConfig | None = None,
         train_dataset=None,
         eval_dataset=None,
@@ -86,35 +108,59 @@ class EPOTrainer(Trainer):
         args = EPOConfig() if args is None else args
         if not isinstance(args, EPOConfig):
             raise TypeError(f"args must be an EPOConfig, not {type(args).__name__}.")
+        if isinstance(model, (str, os.PathLike)):
+            model, processing_class = _load(clean_path(os.fspath(model)), args.model_init_kwargs, processing_class)
+        elif args.model_init_kwargs is not None:
+            raise ValueError(
+                f"model_init_kwargs is {args.model_init_kwargs!r}, but the model is already loaded. Leave "
+                "model_init_kwargs out, or give the name of the model."
+            )
         if processing_class is None:
             raise ValueError("EPOTrainer needs processing_class: the model's processor, or its tokenizer.")
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        if not isinstance(base, PreTrainedModel):
+            raise TypeError(
+                f"model is a {type(model).__name__}. Give a causal language model of transformers, a PEFT model, or "
+                "the name (folder or Hub id) of one."
+            )
+        is_ours = isinstance(base, EmpathicPreTrainedModel)
+        if args.use_liger_kernel and is_ours:
+            raise ValueError(
+                "use_liger_kernel is True, but its kernels do not know this model. Leave use_liger_kernel out."
+            )
         if peft_config is not None:
             if isinstance(model, PeftModel) or model._hf_peft_config_loaded:
                 raise ValueError(
-                    "The model has an adapter already, which peft_config would begin anew. To go on training it, load "
-                    "the folder with `empathic.trainers.checkpoint.load_model(folder, trainable=True)` and leave out "
-                    "peft_config; or merge it first."
+                    "The model already has an adapter, which peft_config would replace with a new one. To continue "
+                    "training this adapter, load the folder with `empathic.trainers.checkpoints.load_model(folder, "
+                    "trainable=True)` and leave out peft_config; or merge the adapter first."
                 )
-            set_seed(args.seed)  # the adapter is initialised at random
+            if is_ours:
+                peft_config = aim_at_language_model(peft_config)
+            if args.disable_dropout and getattr(peft_config, "lora_dropout", 0) > 0:
+                logger.warning(
+                    "lora_dropout is %s, but disable_dropout sets it to 0. Set disable_dropout=False to keep it.",
+                    peft_config.lora_dropout,
+                )
+            set_seed(args.seed)  # the adapter is initialized at random
             model = get_peft_model(model, peft_config)
         if isinstance(model, PeftModel) and args.activation_checkpointing:
-            # Else reentrant checkpoints see no input that needs a gradient, and the adapter gets none.
+            # Otherwise reentrant checkpoints see no input that requires a gradient, and the adapter gets no gradient.
             model.enable_input_require_grads()
         if args.disable_dropout:
-            for module in model.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = 0.0
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(base.forward).parameters
-        self._head, self._decoder = base.get_output_embeddings(), base.get_decoder()
+            disable_dropout(model, base.get_decoder())
         if data_collator is None:
-            data_collator = PreferenceCollator(processing_class, args.max_length, args.history)
+            negatives = negatives_limit(args.negatives)
+            data_collator = PreferenceCollator(processing_class, args.max_length, args.history, negatives=negatives)
+        self._multimodal = isinstance(processing_class, ProcessorMixin)
+        self._clip_negatives = args.clip_negatives
+        _check_data(args, data_collator, self._multimodal, train_dataset)
         if train_dataset is not None:
-            train_dataset = PairRows(train_dataset, "train", seed=args.seed)
+            train_dataset = PairRows(train_dataset, "train", args.seed, self._multimodal, self._clip_negatives)
         if isinstance(eval_dataset, dict):
-            eval_dataset = {name: PairRows(rows, name) for name, rows in eval_dataset.items()}
+            eval_dataset = {name: self._pair_rows(rows, name) for name, rows in eval_dataset.items()}
         elif eval_dataset is not None:
-            eval_dataset = PairRows(eval_dataset, "eval")
+            eval_dataset = self._pair_rows(eval_dataset, "eval")
         super().__init__(
             model=model,
             args=args,
@@ -128,375 +174,380 @@ class EPOTrainer(Trainer):
         # get_batch_samples counts tokens and pairs; the Trainer need not count labels too.
         self.model_accepts_loss_kwargs = False
         if train_dataset is not None:
-            self.add_callback(_BeforeRows(self))
+            self.add_callback(ComputeFrozenFirst(self))
+            self.add_callback(_SetEpoch(train_dataset))
         self._frozen = None
         if args.cache_frozen_gib > 0:
             if not isinstance(data_collator, PreferenceCollator) or not data_collator.is_multimodal:
                 raise ValueError(
-                    "cache_frozen_gib takes a model with clips and memory, which a text model has not, and the rows of "
-                    "a PreferenceCollator."
+                    "cache_frozen_gib needs a multimodal model and the rows of a PreferenceCollator: a text model has "
+                    "no clips and no memory to cache. Leave cache_frozen_gib out."
                 )
             sizes = None if data_collator.cache is None else data_collator.cache.sizes
             self._frozen = FrozenOutputs(processing_class, data_collator.prompt, args.cache_frozen_gib, sizes)
-        # What is tried; see _log_probabilities.
-        self._skips_logits, self._trusts_head, self._has_dropout = True, False, None
-        reason = self._why_not_packed()
-        self._packs = reason is None
-        if self._packs:
-            enable_pair_layouts()
-        else:
-            logger.warning("The pairs are padded, and each prompt is computed twice: %s.", reason)
-        self._train_sums = self._new_sums()
-        self._eval_sums = self._new_sums()
-        self._left_out: dict[str, set[int]] = {"train": set(), "eval": set()}
+        self._has_dropout = None
+        self._train_sums = self.new_sums()
+        self._eval_sums = self.new_sums()
         self._pairs_trained = self._pairs_not_trained = 0
 
     # ---- Loss ----
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss of a batch of [`PreferenceCollator`], a scalar.
+        """Compute the loss of a batch of [`PreferenceCollator`], a scalar.
 
         Args:
             model: the model, wrapped or not.
             inputs: a batch; it is not changed.
             return_outputs: also return the batch's averages under TRL's names, a dict of floats.
-            num_items_in_batch: (2,), the chosen tokens and the pairs of the whole batch over all ranks and
-                accumulation steps, given by the training loop. None: this batch is the whole batch.
+            num_items_in_batch: (3,), the numbers of chosen tokens, of pairs, and of pairs with a preference over the
+                clip, in the whole batch over all ranks and accumulation steps, given by the training loop. None: this
+                batch is the whole batch.
 
         Raises:
-            FloatingPointError: the loss is NaN or infinite; the rows of the batch are named.
+            FloatingPointError: if the loss is NaN or infinite; the message names the rows of the batch.
         """
         sums = self._forward(model, inputs)
         if num_items_in_batch is None:
-            loss = self._weigh(sums["epo"], sums["pairs"].item(), sums["nll"], sums["tokens"].item())
+            loss = self._weigh(sums, *(sums[name].item() for name in ("tokens", "pairs", "clips")))
         else:
-            tokens, pairs = num_items_in_batch
-            # Gradients are averaged over the ranks, but this rank's share of the whole mean must be added.
-            loss = self._weigh(sums["epo"], pairs, sums["nll"], tokens) * self.accelerator.num_processes
+            # Gradients are averaged over the ranks, but the shares of the whole mean must be summed.
+            loss = self._weigh(sums, *num_items_in_batch) * self.accelerator.num_processes
             self._train_sums += _detached(sums)
         return (loss, self._averages(_detached(sums))) if return_outputs else loss
 
-    def _weigh(self, epo, pairs, nll, tokens):
-        """Sums of both losses and what they are sums over -> the loss."""
-        # A batch may hold no pair at all, if every one was left out: then the loss is 0 / 1.
-        return self.args.epo_weight * epo / max(pairs, 1) + self.args.nll_weight * nll / max(tokens, 1)
+    def _weigh(self, sums, tokens, pairs, clips):
+        """Compute the loss from the sums `epo`, `nll` and `clip`, and the numbers of what they are sums over."""
+        # A batch has no pair if all its pairs were left out: then the loss is 0 / 1.
+        args = self.args
+        loss = args.epo_weight * sums["epo"] / max(pairs, 1) + args.nll_weight * sums["nll"] / max(tokens, 1)
+        return loss + args.clip_weight * sums["clip"] / max(clips, 1) if args.clip_negatives else loss
 
     def _forward(self, model, inputs: dict) -> dict[str, torch.Tensor]:
-        """A batch -> its sums (scalars); see `_SUMS`."""
+        """Run a batch and return its sums (scalars) by the names in `_SUMS`."""
         inputs = self._prepare_inputs(inputs)
-        token_logps, lengths = self._log_probabilities(model, inputs)
-        summed = torch.stack([part.sum() for part in token_logps.split(lengths)])  # (2 * pairs,)
+        token_logps, lengths = self.log_probabilities(model, inputs)
+        summed = torch.stack([part.sum() for part in token_logps.split(lengths)])  # (sequences,)
         lengths = torch.tensor(lengths, device=summed.device)
-        chosen_logps, rejected_logps = (summed / lengths.clamp(min=1)).chunk(2)  # (pairs,) each
-        self._check_finite(chosen_logps, rejected_logps, inputs["row_ids"])
+        counts = _counts(inputs)
+        pairs = counts[0]
+        chosen_logps, rejected_logps, further_logps, clip_logps = (summed / lengths.clamp(min=1)).split(counts)
+        rejected_logps, present = _table(rejected_logps, further_logps, inputs.get("negative_of"))  # (pairs, negatives)
+        clip_of = inputs.get("clip_of", lengths[:0])
+        self._check_finite(chosen_logps, rejected_logps, clip_logps, inputs["row_ids"], clip_of)
 
-        losses, chosen_rewards, rejected_rewards = epo_loss(
-            chosen_logps, rejected_logps, self.args.beta, self.args.gamma
+        args = self.args
+        losses, chosen_rewards, rejected_rewards = epo_loss_over_negatives(
+            chosen_logps, rejected_logps, args.beta, args.gamma, args.negatives_loss, present
         )
-        chosen_lengths = lengths.chunk(2)[0]
-        is_pair = chosen_lengths > 0  # false for pairs that are left out, and for repeats
+        margins = chosen_rewards[:, None] - rejected_rewards
+
+        def mean(values: torch.Tensor) -> torch.Tensor:  # over the rejected replies of each pair
+            return (values * present).sum(1) / present.sum(1)
+
+        is_pair = lengths[:pairs] > 0  # false for pairs that are left out, and for repeated pairs
         per_pair = {
             "pairs": torch.ones_like(losses),
-            "tokens": chosen_lengths,
+            "tokens": lengths[:pairs],
             "epo": losses,
-            "nll": -summed.chunk(2)[0],
+            "nll": -summed[:pairs],
             "rewards/chosen": chosen_rewards,
-            "rewards/rejected": rejected_rewards,
-            "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
-            "rewards/margins": chosen_rewards - rejected_rewards,
+            "rewards/rejected": mean(rejected_rewards),
+            "rewards/accuracies": mean((chosen_rewards[:, None] > rejected_rewards).float()),
+            "rewards/margins": mean(margins),
             "logps/chosen": chosen_logps,
-            "logps/rejected": rejected_logps,
+            "logps/rejected": mean(rejected_logps),
         }
-        return {name: (values * is_pair).sum() for name, values in per_pair.items()}
+        clip_losses, true_rewards, clip_rewards = epo_loss(chosen_logps[clip_of], clip_logps, args.beta, args.gamma)
+        is_clip = lengths[len(lengths) - counts[3] :] > 0
+        per_clip = {
+            "clips": torch.ones_like(clip_losses),
+            "clip": clip_losses,
+            "rewards/clip_accuracies": (true_rewards > clip_rewards).float(),
+            "rewards/clip_margins": true_rewards - clip_rewards,
+        }
+        sums = {name: (values * is_pair).sum() for name, values in per_pair.items()}
+        return sums | {name: (values * is_clip).sum() for name, values in per_clip.items()}
 
-    # ---- Log-probabilities ----
-
-    def _why_not_packed(self) -> str | None:
-        """Why pairs cannot be packed; None if they can. Also settles `_skips_logits`."""
-        reason = None
-        if self._head is None:
-            reason = "the model has no head of its own"
-        elif self.args.n_gpu > 1:
-            reason = "torch's DataParallel divides rows; start one process for each GPU instead"
-        elif self.args.torch_compile:
-            reason = "torch_compile wants the same code and shapes each step"
-        elif isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
-            reason = "the adapter writes tokens of its own before the prompt"
-        self._skips_logits = reason is None
-        return reason or why_not_packed(self._decoder)
-
-    def _log_probabilities(self, model, inputs: dict) -> tuple[torch.Tensor, list[int]]:
-        """Of all targets of a batch (targets,), sequence by sequence, and how many each of the 2 * pairs has.
-
-        The fastest way first; one that proves not to work for the model is not tried again.
-        """
-        if self._packs:
-            try:
-                packed = self._packed(model, inputs)
-            except CannotShare as reason:
-                self._packs = False
-                logger.warning("The pairs are padded, and each prompt is computed twice: %s.", reason)
-            else:
-                if packed is not None:
-                    return packed
-        if not self._skips_logits:
-            return self._from_logits(model, inputs)
-        return self._padded(model, inputs) or self._from_logits(model, inputs)
-
-    def _packed(self, model, inputs: dict) -> tuple[torch.Tensor, list[int]] | None:
-        """From one row without padding; None if the head's log-probabilities do not come through."""
+    def pack(self, model, inputs: dict) -> tuple[PackedBatch, dict]:
+        """See `PackedTrainer`."""
         share = self.args.share_prompt and not (model.training and self._dropout(model))
         text = inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
-        batch = pack_pairs(*text, share)
-        if share and batch.repeats_prompts and _model_inputs(inputs, but=_TEXT):
-            share, batch = False, pack_pairs(*text, False)  # the prompts, and perhaps their clips, are not the same
-        media = _model_inputs(inputs, but=_TEXT)
-        if share:
-            rows = slice(len(inputs["row_ids"]))
-            media = {key: value[rows] for key, value in media.items()}
-        else:  # in the order of the row: chosen and rejected of each pair
-            sequences = torch.arange(len(inputs["labels"]), device=inputs["labels"].device).view(2, -1).t().flatten()
-            rows = sequences % len(inputs["row_ids"])
-            media = {key: value[sequences] for key, value in media.items()}
-        media |= frozen_inputs(inputs, rows, packed=True)
-        where = (torch.zeros_like(batch.columns), batch.columns)
-        logps = self._call(model, {**media, **batch.inputs}, where, batch.targets)
-        layers, layout = self._decoder.config.num_hidden_layers, batch.inputs["pair_layout"]
-        if layout.attended != layers:
-            count = f"{layout.attended} of {layers} layers of {type(self._decoder).__name__} attend pair by pair"
-            raise CannotShare(layout.obstacle or count)
-        return None if logps is None else (logps, batch.lengths)
+        groups, others = _groups(inputs), model_inputs(inputs, but=TEXT_KEYS)
+        batch = pack_pairs(*text, share, groups)
+        if share and batch.repeats_prompts and others:
+            share, batch = False, pack_pairs(*text, False, groups)  # a pair's prompts, and perhaps their clips, differ
+        # In the order of the packed row: with shared prompts one sequence of each, otherwise all.
+        sequences = [sequence for group in groups for sequence in (group[:1] if share else group)]
+        sequences = torch.tensor(sequences, device=inputs["labels"].device)
+        others = {key: value[sequences] for key, value in others.items()}
+        return batch, others | frozen_inputs(inputs, _prompt_of(inputs)[sequences], packed=True)
 
-    def _padded(self, model, inputs: dict) -> tuple[torch.Tensor, list[int]] | None:
-        """From two padded rows a pair; None if the head's log-probabilities do not come through."""
-        labels = inputs["labels"][:, 1:]
-        where = (labels != IGNORE).nonzero(as_tuple=True)  # each position predicts the token after it
-        logps = self._call(model, _padded_inputs(inputs), where, labels[where])
-        return None if logps is None else (logps, (labels != IGNORE).sum(1).tolist())
-
-    def _call(self, model, model_inputs: dict, where: tuple, targets: torch.Tensor) -> torch.Tensor | None:
-        """The log-probabilities of targets, or None if the model bends them; that is looked at once."""
-        count = len(targets)
-        if not self._trusts_head and count == 0:  # from nothing it could not be told, and all ranks must tell alike
-            where, targets = tuple(index.new_zeros(1) for index in where), targets.new_zeros(1)
-        with log_probabilities_from(self._head, where, targets) as given:
-            logits = model(**model_inputs, use_cache=False).logits
-        if self._trusts_head or are_log_probabilities(logits, given):
-            self._trusts_head = True
-            return logits[:count]
-        self._packs = self._skips_logits = False
-        logger.warning("%s changes the logits of its head, so all of them are computed.", type(self._decoder).__name__)
-        return None
-
-    def _from_logits(self, model, inputs: dict) -> tuple[torch.Tensor, list[int]]:
-        """From the logits of two padded rows a pair."""
-        model_inputs = _padded_inputs(inputs)
-        if self._takes_logits_to_keep and "logits_to_keep" in inputs:
-            model_inputs["logits_to_keep"] = inputs["logits_to_keep"]
-        logits = model(**model_inputs, use_cache=False).logits[:, :-1]  # (2 * pairs, kept positions, vocabulary)
-        labels = inputs["labels"][:, -logits.shape[1] :]  # (2 * pairs, kept positions), already shifted by one
-        is_target = labels != IGNORE
-        selected = logits[is_target]  # (targets, vocabulary)
-        if selected.dtype != torch.float64:
-            selected = selected.float()
-        logps = -F.cross_entropy(selected, labels[is_target], reduction="none")
-        return logps, is_target.sum(1).tolist()
+    def padded_inputs(self, inputs: dict) -> dict:
+        """See `PackedTrainer`: a padded row for each sequence."""
+        return model_inputs(inputs) | frozen_inputs(inputs, _prompt_of(inputs), packed=False)
 
     def _dropout(self, model) -> bool:
-        """Whether the model's dropout is on, so that two runs of a prompt differ. Asked once; one line says so."""
+        """Whether the model has active dropout, so that two runs of a prompt differ. Checked and logged once."""
         if self._has_dropout is None:
             self._has_dropout = any(drops(module) for module in model.modules() if module.training)
             if self._has_dropout:
                 logger.warning(
-                    "The model has dropout, with which a prompt that is computed twice differs each time: in training "
-                    "no prompt is shared. Turn dropout off (disable_dropout) to train faster."
+                    "The model has dropout, so a prompt differs each time it is computed: in training no prompt is "
+                    "shared. Turn dropout off (disable_dropout) to train faster."
                 )
         return self._has_dropout
 
-    def _check_finite(self, chosen_logps: torch.Tensor, rejected_logps: torch.Tensor, row_ids: torch.Tensor) -> None:
-        is_bad = ~torch.isfinite(chosen_logps.detach() + rejected_logps.detach())
+    def _check_finite(self, chosen_logps, rejected_logps, clip_logps, row_ids, clip_of) -> None:
+        sums = chosen_logps.detach() + rejected_logps.detach().sum(1)
+        is_bad = ~torch.isfinite(sums.index_add(0, clip_of, clip_logps.detach()))
         if is_bad.any():
-            raise FloatingPointError(
-                f"The loss is NaN or infinite at step {self.state.global_step}, in the batch of the rows "
-                f"{row_ids.tolist()}; the cause is in the rows {row_ids[is_bad].tolist()} or in the weights. Look at "
-                "those rows, lower the learning rate, or train in bf16 or fp32 instead of fp16."
-            )
+            cause = f"in the rows {row_ids[is_bad].tolist()} or in the weights"
+            raise self.not_finite(f"the rows {row_ids.tolist()}", cause, "those rows")
 
     # ---- Training ----
 
     def train(self, *args, **kwargs):
-        """As in transformers. ValueError if nothing of the model trains."""
+        """As in transformers. Raises a ValueError if no parameter is trainable."""
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ValueError(
-                "Nothing of the model trains: all its parameters are frozen. A stage's folder loads with a frozen "
-                "adapter; load it with `empathic.trainers.checkpoint.load_model(folder, trainable=True)`. Of another "
-                "model unfreeze what shall train, or give peft_config."
+                "The model has no trainable parameter: all its parameters are frozen. A stage's folder loads with a "
+                "frozen adapter by default; load it with `empathic.trainers.checkpoints.load_model(folder, "
+                "trainable=True)`. For any other model unfreeze the parameters to train, or give peft_config."
             )
-        self._train_sums = self._new_sums()
-        self._left_out["train"] = set()
+        self._train_sums = self.new_sums()
         self._pairs_trained = self._pairs_not_trained = 0
+        for kind in ("train negatives", "train clips"):
+            self._left_out[kind] = set()
         return super().train(*args, **kwargs)
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of one optimizer step, and what all ranks' steps hold together: (tokens, pairs)."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+    def prepare_step(self, batches, items, device):
+        """See `PackedTrainer`: the items are the numbers over all ranks that `compute_loss` takes."""
         if batches:
-            # Not accelerate's own remainder: a resumed epoch's loader, which skips batches, has none.
+            # Accelerate's own remainder is missing in the loader of a resumed epoch, which skips batches.
             loader = self.callback_handler.train_dataloader
             remainder = 0 if self.args.dataloader_drop_last else len(self.train_dataset) % loader.total_batch_size
-            batches[-1] = self._without_repeats(batches[-1], remainder)
-        counts = torch.zeros(3, dtype=torch.long, device=device)
+            batches[-1] = self._without_repeated_pairs(batches[-1], remainder)
+        counts = torch.zeros(4, dtype=torch.long, device=device)
         for batch in batches:
             self._note_left_out(batch, "train")
-            is_target = batch["labels"][: len(batch["row_ids"]), 1:] != IGNORE  # of the chosen
-            counts += torch.stack(
-                [is_target.sum(), is_target.any(1).sum(), torch.tensor(len(batch["left_out"]), device=is_target.device)]
-            ).to(device)
-        tokens, pairs, left_out = self.accelerator.reduce(counts, reduction="sum").tolist()
+            is_target = batch["labels"][:, 1:] != IGNORE_INDEX
+            sequences = _counts(batch)
+            chosen, clips = is_target[: sequences[0]], is_target[len(is_target) - sequences[3] :]
+            left_out = torch.tensor(len(batch["left_out"]), device=is_target.device)
+            counts += torch.stack([chosen.sum(), chosen.any(1).sum(), clips.any(1).sum(), left_out]).to(device)
+        tokens, pairs, clips, left_out = self.accelerator.reduce(counts, reduction="sum").tolist()
         self._pairs_trained += pairs
         self._pairs_not_trained += left_out
         if self._pairs_trained == 0 and self._pairs_not_trained >= len(self.train_dataset):
-            raise ValueError(f"Every one of the {len(self.train_dataset)} train pairs was left out; see the warnings.")
-        return batches, (tokens, pairs)
+            raise ValueError(f"All of the {len(self.train_dataset)} train pairs were left out; see the warnings.")
+        return batches, (tokens, pairs, clips)
 
-    def _without_repeats(self, batch: dict, remainder: int) -> dict:
-        """Takes the labels off the rows that accelerate repeats to give every rank a full last batch.
-
-        Those are the ones past `remainder`, counted rank by rank, just as in `Accelerator.gather_for_metrics`.
-        """
-        state = self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or remainder <= 0:
-            return batch
+    def _without_repeated_pairs(self, batch: dict, remainder: int) -> dict:
         pairs = len(batch["row_ids"])
-        position = self.accelerator.process_index * pairs + torch.arange(pairs, device=batch["labels"].device)
-        is_repeat = (position >= remainder).repeat(2).unsqueeze(1)  # (2 * pairs, 1)
-        return {**batch, "labels": batch["labels"].masked_fill(is_repeat, IGNORE)}
+        places = [*range(pairs)] * 2  # the pair of each sequence
+        for name in ("negative_of", "clip_of"):
+            places += batch[name].tolist() if name in batch else []
+        return self.without_repeats(batch, places, pairs, remainder)
 
-    def compute_frozen(self, rows: PairRows, model) -> None:
-        """With `cache_frozen_gib`, and unless it was done before: computes what the frozen parts make of the rows."""
+    def compute_frozen(self, rows: PairRows) -> None:
+        """With `cache_frozen_gib`, compute the outputs of the frozen parts for the prompts of the rows."""
         if self._frozen is None or rows.frozen is not None:
             return
-        rows.set_epoch(0)  # so a resumed run has the same frames
+        rows.set_epoch(0)  # so that a resumed run has the same frames
         args = self.args
         rows.frozen = self._frozen.compute(
-            model, rows, self.accelerator, args.per_device_eval_batch_size, args.dataloader_num_workers
+            self.model_wrapped, rows, self.accelerator, args.per_device_eval_batch_size, args.dataloader_num_workers
         )
 
     # ---- Evaluation ----
 
     def get_eval_dataloader(self, eval_dataset=None):
-        return super().get_eval_dataloader(_as_pair_rows(eval_dataset, "eval"))
+        return super().get_eval_dataloader(self._pair_rows(eval_dataset, "eval"))
 
     def get_test_dataloader(self, test_dataset):
-        return super().get_test_dataloader(_as_pair_rows(test_dataset, "test"))
+        return super().get_test_dataloader(self._pair_rows(test_dataset, "test"))
+
+    def _pair_rows(self, rows, name: str):
+        """Wrap rows for evaluation; a name or None means the eval_dataset of the constructor."""
+        if rows is None or isinstance(rows, str | PairRows):
+            return rows
+        return PairRows(rows, name, multimodal=self._multimodal, clip_negatives=self._clip_negatives)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._without_repeats(inputs, self.accelerator.gradient_state.remainder)
+        inputs = self._without_repeated_pairs(inputs, self.accelerator.gradient_state.remainder)
         self._note_left_out(inputs, "eval")
         with torch.no_grad(), self.compute_loss_context_manager():
             sums = self._forward(model, inputs)
         self._eval_sums += _detached(sums)
-        return self._weigh(sums["epo"], sums["pairs"].item(), sums["nll"], sums["tokens"].item()), None, None
+        return self._weigh(sums, *(sums[name].item() for name in ("tokens", "pairs", "clips"))), None, None
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
-        """As in transformers, but the loss and all metrics are means over the whole set, however it is batched."""
-        self._eval_sums = self._new_sums()
-        self._left_out["eval"] = set()
-        if self.is_in_train:  # for one evaluation alone it would not pay
-            self.compute_frozen(dataloader.dataset, self.model_wrapped)
+        """As in transformers, but the loss and all metrics are means over the whole data set, however it is batched."""
+        for kind in ("eval", "eval negatives", "eval clips"):
+            self._left_out[kind] = set()
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        metrics = self._averages_over_ranks(self._eval_sums)
-        count = self._report_left_out(metric_key_prefix, dataloader.dataset, "eval")
+        metrics = self._averages(self.over_ranks(self._eval_sums))
+        left_out = self._report_left_out(metric_key_prefix, dataloader.dataset, "eval")
         if not metrics:
             raise ValueError(
-                f"Every one of the {len(dataloader.dataset)} {metric_key_prefix} pairs was left out; see the warnings."
+                f"All of the {len(dataloader.dataset)} {metric_key_prefix} pairs were left out; see the warnings."
             )
-        if count:
-            metrics["left_out_pairs"] = count
+        metrics |= left_out
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
     # ---- Logs ----
 
     def log(self, logs, start_time=None):
-        if "loss" in logs:  # the training loop's own; all ranks come here together
-            averages = self._averages_over_ranks(self._train_sums)
+        if "loss" in logs:  # a log of the training loop, which all ranks reach together
+            averages = self._averages(self.over_ranks(self._train_sums))
             logs = {**averages, **logs}
-            self._train_sums = self._new_sums()
-        # The summary at the end of training; here and not after it, because then the reporters have closed.
-        if "train_loss" in logs and (count := self._report_left_out("train", self.train_dataset)):
-            logs["left_out_pairs"] = count
+            self._train_sums = self.new_sums()
+        # The summary at the end of training belongs here: after it, the reporters have closed.
+        if "train_loss" in logs:
+            logs |= self._report_left_out("train", self.train_dataset, "train")
         super().log(logs, start_time)
 
-    def _new_sums(self) -> torch.Tensor:
+    def new_sums(self) -> torch.Tensor:
+        """Return a zero for each of `_SUMS`."""
         return torch.zeros(len(_SUMS), dtype=torch.float64)
 
-    def _averages_over_ranks(self, sums: torch.Tensor) -> dict[str, float]:
-        if self.accelerator.num_processes > 1:
-            sums = self.accelerator.reduce(sums.to(self.args.device), reduction="sum")
-        return self._averages(sums)
-
     def _averages(self, sums: torch.Tensor) -> dict[str, float]:
-        """Sums in the order of `_SUMS` -> loss and metrics under TRL's names; {} if there was no pair."""
+        """Compute loss and metrics, under TRL's names, from sums in the order of `_SUMS`; {} if there was no pair."""
         total = dict(zip(_SUMS, sums.tolist(), strict=True))
-        pairs, tokens = total.pop("pairs"), total.pop("tokens")
+        pairs, tokens, clips = total["pairs"], total["tokens"], total["clips"]
         if pairs == 0:
             return {}
-        epo, nll = total.pop("epo"), total.pop("nll")
         return {
-            "loss": self._weigh(epo, pairs, nll, tokens),
-            "nll_loss": nll / tokens,
-            **{name: value / pairs for name, value in total.items()},
+            "loss": self._weigh(total, tokens, pairs, clips),
+            "nll_loss": total["nll"] / tokens,
+            **{name: total[name] / pairs for name in _PAIR_METRICS},
+            **({name: total[name] / clips for name in _CLIP_METRICS} if clips else {}),
         }
 
     def _note_left_out(self, batch: dict, kind: str) -> None:
         for row_id, reason in batch["left_out"]:
-            if row_id not in self._left_out[kind]:
-                self._left_out[kind].add(row_id)
-                logger.warning("%s row %d is left out: %s", kind, row_id, reason)
+            self.note_left_out(kind, row_id, "%s row %d is left out: %s", kind, row_id, reason)
+        for row_id, number, reason in batch.get("left_out_negatives", ()):
+            message = "%s row %d: rejected reply %d is left out: %s"
+            self.note_left_out(f"{kind} negatives", (row_id, number), message, kind, row_id, number, reason)
+        for row_id, reason in batch.get("left_out_clips", ()):
+            message = "%s row %d: the clip of another emotion is left out: %s"
+            self.note_left_out(f"{kind} clips", row_id, message, kind, row_id, reason)
 
-    def _report_left_out(self, name: str, rows: PairRows, kind: str | None = None) -> int:
-        """How many different pairs the ranks left out together; also logged."""
-        row_ids = set(gather_object(sorted(self._left_out[kind or name])))
-        if row_ids and self.accelerator.is_main_process:
-            logger.warning("%d of %d %s pairs were left out.", len(row_ids), len(rows), name)
-        return len(row_ids)
+    def _report_left_out(self, name: str, rows: PairRows, kind: str) -> dict[str, int]:
+        """Count what was left out over all ranks, log the numbers, and return those that are not 0."""
+        found = {"left_out_pairs": self.count_left_out(kind)}
+        is_main = self.accelerator.is_main_process
+        if found["left_out_pairs"] and is_main:
+            logger.warning("%d of %d %s pairs were left out.", found["left_out_pairs"], len(rows), name)
+        if self.args.negatives != "lowest":
+            found["left_out_negatives"] = count = self.count_left_out(f"{kind} negatives")
+            if count and is_main:
+                logger.warning("%d rejected replies of the %s pairs were left out.", count, name)
+        if self.args.clip_negatives:
+            found["left_out_clips"] = count = self.count_left_out(f"{kind} clips")
+            if count and is_main:
+                logger.warning("%d %s pairs drew a clip of another emotion that cannot be used.", count, name)
+        return {key: count for key, count in found.items() if count}
 
 
-class _BeforeRows(TrainerCallback):
-    """Tells the rows, and the sampler, which epoch it is, before the epoch's first batch is made; before all, has what
-    is frozen computed."""
+class _SetEpoch(TrainerCallback):
+    """Sets the epoch of the rows and of the sampler before the epoch's first batch is made."""
 
-    def __init__(self, trainer: EPOTrainer):
-        # Weak, for the trainer holds this: in a circle it would outlive its use, and accelerate's state its loaders.
-        self.trainer = weakref.proxy(trainer)
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.compute_frozen(self.trainer.train_dataset, self.trainer.model_wrapped)
+    def __init__(self, rows: PairRows):
+        self.rows = rows
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         epoch = int(state.epoch or 0)
-        self.trainer.train_dataset.set_epoch(epoch)
-        # A resumed epoch's loader, which skips batches, does not hand it on to the sampler of several processes.
+        self.rows.set_epoch(epoch)
+        # The loader of a resumed epoch, which skips batches, does not pass the epoch on to a distributed sampler.
         if train_dataloader is not None:
             train_dataloader.set_epoch(epoch)
 
 
-def _as_pair_rows(rows, name: str):
-    """Rows given to evaluate() or predict(); a name or None stands for the eval_dataset of the constructor."""
-    return rows if rows is None or isinstance(rows, str | PairRows) else PairRows(rows, name)
+def _check_data(args: EPOConfig, collator, multimodal: bool, train_dataset) -> None:
+    """Raise a ValueError for settings that the model or the collator does not support; warn if `negatives` is idle."""
+    if args.clip_negatives and not multimodal:
+        raise ValueError("clip_negatives is on, but a text model reads no clips. Leave clip_negatives out.")
+    if not isinstance(collator, PreferenceCollator):
+        return
+    limit = negatives_limit(args.negatives)
+    if collator.negatives != limit:
+        raise ValueError(
+            f"negatives is {args.negatives!r}, but the data_collator has negatives={collator.negatives!r}. Give the "
+            f"collator negatives={limit!r}."
+        )
+    columns = getattr(train_dataset, "column_names", None)
+    if columns is None and isinstance(train_dataset, list):
+        columns = {key for row in train_dataset for key in row}
+    if limit != 1 and columns is not None and NEGATIVES not in columns:
+        logger.warning(
+            "negatives is %s, but the train data set has no column negatives, so each row has one rejected reply. "
+            "`empathic counter --negatives all` writes the column.",
+            args.negatives,
+        )
 
 
-def _model_inputs(inputs: dict, but: tuple[str, ...] = ()) -> dict:
-    return {
-        key: value for key, value in inputs.items() if key not in (*_NOT_FOR_MODEL, *but) and not is_frozen_key(key)
-    }
+# ---- The sequences of a batch ----
 
 
-def _padded_inputs(inputs: dict) -> dict:
-    """The model's inputs for two padded rows a pair."""
-    rows = torch.arange(len(inputs["row_ids"]), device=inputs["input_ids"].device).repeat(2)
-    return _model_inputs(inputs) | frozen_inputs(inputs, rows, packed=False)
+def _counts(batch: dict) -> list[int]:
+    """The numbers of sequences of a batch, in order: chosen, rejected, further rejected, chosen with other clips."""
+    pairs = len(batch["row_ids"])
+    return [pairs, pairs, *(len(batch[name]) if name in batch else 0 for name in ("negative_of", "clip_of"))]
+
+
+def _groups(batch: dict) -> list[list[int]]:
+    """The sequences of each pair, the chosen one first, and then each sequence with other clips, as `pack_pairs`."""
+    pairs, _, further, clips = _counts(batch)
+    groups = [[pair, pairs + pair] for pair in range(pairs)]
+    if further:
+        for number, pair in enumerate(batch["negative_of"].tolist()):
+            groups[pair].append(2 * pairs + number)
+    return groups + [[2 * pairs + further + number] for number in range(clips)]
+
+
+def _prompt_of(batch: dict) -> torch.Tensor:
+    """The prompt of each sequence (sequences,), as an index into the pairs and then the sequences with other clips."""
+    pairs, _, _, clips = _counts(batch)
+    own = torch.arange(pairs + clips, device=batch["labels"].device)
+    return torch.cat([own[:pairs], own[:pairs], batch.get("negative_of", own[:0]), own[pairs:]])
+
+
+def _table(first: torch.Tensor, further: torch.Tensor, pair_of) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Arrange the rejected replies' values: the first of each pair (pairs,) and the further ones, pair by pair, as a table
+    (pairs, negatives) and where it has a value, False in its padding.
+    """
+    if len(further) == 0:
+        return first[:, None], torch.ones_like(first[:, None], dtype=torch.bool)
+    counts = torch.bincount(pair_of, minlength=len(first))
+    column = 1 + torch.arange(len(further), device=first.device) - (counts.cumsum(0) - counts)[pair_of]
+    padding = first.new_zeros(len(first), int(counts.max()))
+    table = torch.cat([first[:, None], padding.index_put((pair_of, column - 1), further)], dim=1)
+    return table, torch.arange(table.shape[1], device=first.device) <= counts[:, None]
+
+
+def _load(name: str, options: dict | None, processing_class) -> tuple:
+    """
+    Load a model by its name, and its processor or tokenizer unless there is one: a model or stage of this project, or
+    any causal language model. An adapter is loaded for training.
+    """
+    options = {"dtype": "float32", **(options or {})}
+    hub = {key: options[key] for key in ("revision", "subfolder", "token", "cache_dir") if key in options}
+    file = find_file(name, "config.json", **hub)
+    config = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    is_ours = config.get("model_type") == EmpathicConfig.model_type or find_file(name, STAGE_FILE, **hub) is not None
+    if is_ours:
+        model = load_model(name, trainable=True, **options)
+    elif find_file(name, ADAPTER_CONFIG, **hub) is not None:
+        model = AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(name, **options)
+    if processing_class is None:
+        processing_class = (EmpathicProcessor if is_ours else AutoTokenizer).from_pretrained(name, **hub)
+    return model, processing_class
 
 
 def _detached(sums: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """
-The training samples of the supervised stages, as one stream in which sample number i is always the same.
+The training samples of the supervised stages: a stream in which sample number i is always the same.
 
-Everything random about a sample (which row, which modalities, which frames) comes from the seed and its number alone,
-so that a run can be resumed or divided over processes without changing it.
+All random choices of a sample (row, modalities, frames) depend only on the seed and the sample's number, so that
+resuming a run, or dividing it over processes, does not change it.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,9 +11,11 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
-from empathic.media_empathic import MediaError
-from empathic.trainers.feature_cache import FeatureCache, MediaDraws
-from empathic.trainers.frozen_outputs import no_entry, stack_entries
+from ..data_prep.messages import clip_message, sample_id, shows_something
+from ..media_empathic import MediaError
+from .frozen.feature_cache import FeatureCache, MediaDraws
+from .frozen.outputs import no_entry, stack_entries
+from .losses import IGNORE_INDEX
 
 logger = logging.get_logger(__name__)
 
@@ -21,32 +23,11 @@ logger = logging.get_logger(__name__)
 MODALITY_SETTINGS = (("audio",), ("video",), ("audio", "video"))
 
 
-NOTHING = "nothing of its last turn can be heard, seen or read"  # why a sample is left out
-
-
-def clip_message(row: dict, modalities: Sequence[str], with_text: bool = True) -> dict:
-    """A turn row as the user's message, with those of its media that are wanted and there."""
-    content = [{"type": kind, **row[kind]} for kind in modalities if row[kind] is not None]
-    if with_text and row["text"]:
-        content.append({"type": "text", "text": row["text"]})
-    return {"role": "user", "name": row["speaker"], "content": content}
-
-
-def sample_id(row: dict, turns: Sequence[dict] | None = None) -> str:
-    """
-    What names a sample in messages: corpus/split/dialogue/turn, as far as they are known.
-
-    Args:
-        row: a turn, or what a dialogue is known by.
-        turns: a run of turns instead of the row's own; named by the first and the last.
-    """
-    places = [turn["turn"] for turn in ([row] if turns is None else (turns[0], turns[-1])) if "turn" in turn]
-    names = [row[name] for name in ("corpus", "split", "dialogue_id") if name in row]
-    return "/".join(map(str, [*names, *(["-".join(map(str, dict.fromkeys(places)))] if places else [])]))
+NOTHING = "its last turn has no text and no readable clip"  # why a sample is left out
 
 
 def emotion_sample(row: dict, rng: np.random.Generator) -> dict:
-    """Names the emotion of a labelled clip, heard only, seen only or both, drawn evenly among what the clip has."""
+    """Make a sample that names the emotion of a labeled clip. Audio, video or both is drawn uniformly where present."""
     there = [s for s in MODALITY_SETTINGS if all(row[kind] is not None for kind in s)]
     modalities = there[rng.integers(len(there))]
     return {
@@ -59,11 +40,11 @@ def emotion_sample(row: dict, rng: np.random.Generator) -> dict:
 
 def rebuild_sample(turns: list[dict], dialogue: dict | None = None) -> dict:
     """
-    Writes utterances down again from their memory vectors (paper's Sec. 3.2), one `name: text` a line.
+    Make a sample that rebuilds utterances from their memory vectors (paper's Sec. 3.2), one `name: text` per line.
 
     Args:
         turns: rows with `speaker` and `text`.
-        dialogue: what the sample's id calls their dialogue by, where they do not know it themselves.
+        dialogue: identifies the dialogue in the sample's id, where the turns do not.
     """
     messages = [{"role": "user", "name": turn["speaker"], "content": turn["text"]} for turn in turns]
     target = "\n".join(f"{turn['speaker']}: {turn['text']}" for turn in turns)
@@ -71,7 +52,7 @@ def rebuild_sample(turns: list[dict], dialogue: dict | None = None) -> dict:
 
 
 def draw_utterances(conversation: list[dict], rng: np.random.Generator, single_ratio: float, longest: int | None):
-    """One utterance with probability `single_ratio`, else a run of 2 to `longest` (None: the whole conversation)."""
+    """Draw one utterance with probability `single_ratio`, else a run of 2 to `longest` (None: all utterances)."""
     length = len(conversation)
     if rng.random() < single_ratio:
         length = 1
@@ -82,7 +63,7 @@ def draw_utterances(conversation: list[dict], rng: np.random.Generator, single_r
 
 
 def dialogue_sample(sample: dict, history: str, use_media: bool) -> dict:
-    """The reply to a turn, given the clip and the history; without them for the ablations."""
+    """Make a sample of the reply to a turn, given the clip and the history, or without them for the ablations."""
     *earlier, last = sample["prompt"]
     if not use_media and not isinstance(last["content"], str):
         last = {**last, "content": [item for item in last["content"] if item["type"] == "text"]}
@@ -102,12 +83,12 @@ class SampleStream(Dataset):
     A stream of samples drawn from weighted sources.
 
     Args:
-        sources: (weight, rows, make) triples; `make(row, rng)` gives a sample. A source is passed through in a new
-            random order each time it is used up.
-        length: how many samples the stream has.
-        seed: decides, with a sample's number, everything about it.
-        random_frames: whether a sample has a seed, from which its frames are drawn; without one (None, in evaluation)
-            they are evenly spaced.
+        sources: (weight, rows, make) triples; `make(row, rng)` gives a sample. Each pass over a source has a new
+            random order.
+        length: the number of samples in the stream.
+        seed: determines each sample, together with its number.
+        random_frames: give each sample a seed, from which its frames are drawn. Otherwise (in evaluation) the seed is
+            None and the frames are evenly spaced.
     """
 
     def __init__(
@@ -118,7 +99,7 @@ class SampleStream(Dataset):
             raise ValueError("No training samples: the data set has no row that this stage can use.")
         weights = np.array([weight for weight, _, _ in self.sources], dtype=float)
         self.length, self.seed, self.random_frames = length, seed, random_frames
-        # The source of each sample, and how many samples before it came from there.
+        # The source of each sample, and the number of earlier samples from that source.
         probabilities = weights / weights.sum()
         self._chosen = np.random.default_rng([seed, 3]).choice(len(weights), size=length, p=probabilities).astype("u2")
         self._place = np.empty(length, dtype=np.int64)
@@ -126,8 +107,8 @@ class SampleStream(Dataset):
             from_here = self._chosen == source
             self._place[from_here] = np.arange(from_here.sum())
         self._orders: dict[tuple[int, int], np.ndarray] = {}
-        # Of a source, the entries of `FrozenOutputs` by the number of its row. If any source has them, every sample
-        # has `frozen`: its row's entry, or None.
+        # The entries of `FrozenOutputs` for the rows of a source. If any source has entries, every sample has a key
+        # `frozen`: the entry of its row, or None.
         self.frozen: dict[int, list[dict]] = {}
 
     def __len__(self) -> int:
@@ -155,8 +136,8 @@ class SampleStream(Dataset):
 
 class SourceSamples(Dataset):
     """
-    Each row of one of a stream's sources as a sample, with frames that are always the same; for sources whose samples
-    have nothing random but those.
+    Each row of one source of a stream as a sample with fixed frames; for sources whose samples have no other random
+    choices.
     """
 
     def __init__(self, stream: SampleStream, source: int):
@@ -174,21 +155,21 @@ class SourceSamples(Dataset):
 
 class StageCollator:
     """
-    Samples -> a right-padded batch with labels on the targets, all modalities present.
+    Makes a right-padded batch of samples, with labels on the targets and with all modalities.
 
-    A clip that cannot be read is reported once and left out of its sample; a sample whose last turn has nothing (left),
-    or in task `emotion` no clip, is left out. So is a sample that is longer than `max_length`: it is never cut, because
-    each placeholder of its prompt has its vector.
+    A clip that cannot be read is reported once and left out of its sample. A sample is left out if its last turn has
+    no text and no readable clip, or in task `emotion` no readable clip. A sample longer than `max_length` is also left
+    out; it is never truncated, because each placeholder of its prompt needs its vector.
 
-    Beside the model's inputs a batch holds `sample_ids`, the names of its rows; `sample_places`, which of the samples
-    they are; and `left_out`, (name, reason) of each sample that is none of them. If all are left out, one row of two
-    tokens without a target keeps every rank in step.
+    Besides the model's inputs a batch has `sample_ids`, the names of its rows; `sample_places`, the positions of the
+    rows among the samples; and `left_out`, (name, reason) of each sample without a row. If all samples are left out,
+    the batch is one row of two tokens without a target, so that every rank runs the model.
 
     Args:
         processor: an `EmpathicProcessor`.
-        frame_draws: a sample takes one of so many fixed frame draws of its clip, 0: evenly spaced frames; None: new
-            random frames each time.
-        cache: gives the towers' features in place of the clips, and their draws.
+        frame_draws: the number of fixed frame draws of a clip, of which a sample takes one; 0: evenly spaced frames;
+            None: new random frames each time.
+        cache: gives the features of the encoders in place of the clips, and the frame draws.
         max_length: longest prompt + target in tokens of the language model; None for no limit.
     """
 
@@ -205,7 +186,7 @@ class StageCollator:
 
     def _encode(self, messages: list[dict], sample: dict) -> dict:
         generator, seed = None, sample["seed"]
-        if sample["task"] != "memory":  # its messages have no clip
+        if sample["task"] != "memory":  # messages of task memory have no clip
             if self.cache is not None:
                 messages = self.cache.fill(messages, seed)
             else:
@@ -241,11 +222,11 @@ class StageCollator:
         return [*earlier, {**last, "content": content}]
 
     def prompt(self, sample: dict) -> tuple[dict | None, str]:
-        """The prompt alone, or None and why there is none; for `FrozenOutputs`."""
+        """Return the prompt without the target, or None and why the sample is left out; for `FrozenOutputs`."""
         return self._prepare(sample), NOTHING
 
     def prompt_and_target(self, sample: dict) -> tuple[dict, str] | None:
-        """The prompt alone, as `EmpathicProcessor.prepare` gives it, and the reply; None if it has nothing."""
+        """Return the prompt, as `EmpathicProcessor.prepare` gives it, and the target; None for a sample left out."""
         encoded = self._prepare(sample)
         return None if encoded is None else (encoded, sample["target"])
 
@@ -263,7 +244,7 @@ class StageCollator:
             if self.max_length is not None and length > self.max_length:
                 left_out.append((name, f"prompt + target have {length} tokens, more than max_length={self.max_length}"))
                 continue
-            encoded["labels"] = [-100] * len(encoded["input_ids"]) + target
+            encoded["labels"] = [IGNORE_INDEX] * len(encoded["input_ids"]) + target
             encoded["input_ids"] = encoded["input_ids"] + target
             prepared.append(encoded)
             entries.append(no_entry([]) if entry is None else entry)
@@ -280,22 +261,14 @@ class StageCollator:
         return {**batch, "sample_ids": ids, "sample_places": places, "left_out": left_out}
 
     def _no_sample(self) -> dict:
-        """Two tokens that nothing is learned from."""
+        """A row of two tokens without a target."""
         eos = self.processor.tokenizer.eos_token_id
         nothing = {"memory_input_ids": [], "video": None, "audio": None}
-        return {**nothing, "input_ids": [eos] * 2, "labels": [-100] * 2}
-
-
-def shows_something(message: dict, task: str) -> bool:
-    """Whether the turn has what its task needs: a clip for `emotion`, for `dialogue` a clip or some text."""
-    if isinstance(message["content"], str):
-        return bool(message["content"]) and task != "emotion"
-    kinds = {item["type"] for item in message["content"] if item["type"] != "text" or item["text"]}
-    return bool(kinds - {"text"} if task == "emotion" else kinds)
+        return {**nothing, "input_ids": [eos] * 2, "labels": [IGNORE_INDEX] * 2}
 
 
 def _without_clips(entry: dict) -> dict | None:
-    """An entry of `FrozenOutputs` as a prompt whose clips have vectors already."""
+    """Convert an entry of `FrozenOutputs` to a prompt without clips, as their vectors are cached."""
     if "left_out" in entry:
         return None
     ids = {key: list(entry[key]) for key in ("input_ids", "memory_input_ids")}

@@ -1,1 +1,1 @@
-"""The human evaluation of the paper (Sec. 5.2 and 9): a blind study of saved replies, its page, and its analysis."""
+"""The paper's human evaluation (Sec. 5.2 and 9): a blind study of saved replies, its page, and its analysis."""

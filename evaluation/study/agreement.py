@@ -1,4 +1,4 @@
-"""Krippendorff's alpha of ordered or unordered categories, with missing ratings."""
+"""Krippendorff's alpha for ordinal or nominal ratings, with missing ratings."""
 
 import numpy as np
 
@@ -7,10 +7,10 @@ LEVELS = ("ordinal", "nominal")
 
 def coincidences(scores: list[list[int]], values: tuple[int, ...]) -> np.ndarray:
     """
-    The coincidence matrix of units: each ordered pair of ratings of a unit counts 1 / (its ratings - 1).
+    Compute the coincidence matrix: each ordered pair of ratings of a unit counts 1 / (ratings of the unit - 1).
 
     Args:
-        scores: the ratings that each unit got, missing ones left out; a unit with one rating says nothing.
+        scores: the ratings of each unit, without missing ratings; a unit with one rating is ignored.
         values: the categories, in order.
 
     Returns:
@@ -26,20 +26,20 @@ def coincidences(scores: list[list[int]], values: tuple[int, ...]) -> np.ndarray
 
 def alpha(matrix: np.ndarray, level: str = "ordinal") -> np.ndarray:
     """
-    Krippendorff's alpha: 1 is full agreement, 0 that of chance, below 0 is systematic disagreement.
+    Compute Krippendorff's alpha: 1 is full agreement, 0 is chance level, below 0 is systematic disagreement.
 
-    K. Krippendorff, "Computing Krippendorff's Alpha-Reliability" (2011). An ordinal difference between two categories
-    is the number of ratings between them, those of the two counted half.
+    K. Krippendorff, "Computing Krippendorff's Alpha-Reliability" (2011). The ordinal difference of two categories is
+    the number of ratings between them, plus half of the ratings in the two categories.
 
     Args:
         matrix: (..., values, values) coincidence matrices.
         level: `ordinal` or `nominal`.
 
     Returns:
-        (...) floats; NaN where all ratings are the same, or there are none: then nothing can be told.
+        (...) floats; NaN if all ratings are equal or there are no ratings, where alpha is undefined.
     """
     if level not in LEVELS:
-        raise ValueError(f"There is no level {level!r}: take one of {', '.join(LEVELS)}.")
+        raise ValueError(f"Unknown level {level!r}; choose one of {', '.join(LEVELS)}.")
     totals = matrix.sum(-1)  # (..., values)
     if level == "nominal":
         difference = 1.0 - np.eye(matrix.shape[-1])

@@ -1,4 +1,4 @@
-"""What a study's answers say: scores, agreement, preferences, and who was left out."""
+"""Analyze the answers of a study: scores, agreement, preferences, and excluded raters."""
 
 import json
 from collections import defaultdict
@@ -8,18 +8,18 @@ from pathlib import Path
 
 import numpy as np
 
-from empathic.evaluation.results import versions
-from empathic.evaluation.study.agreement import LEVELS, alpha, coincidences
-from empathic.evaluation.study.answers import read_answers
-from empathic.evaluation.study.build import ANSWERS, KEY, Exclusion
-from empathic.evaluation.study.design import SCORES
-from empathic.evaluation.study.replies import StudyError
+from ..results import versions
+from .agreement import LEVELS, alpha, coincidences
+from .answers import read_answers
+from .build import ANSWERS, KEY, Exclusion
+from .design import SCORES
+from .replies import StudyError
 
 # question -> (conversation, system) -> {rater: score}
 Ratings = dict[str, dict[tuple[str, str], dict[str, int]]]
 
 
-def analyse(
+def analyze(
     folder: Path,
     exclusion: Exclusion | None = None,
     answers: list[Path] | None = None,
@@ -28,24 +28,26 @@ def analyse(
     seed: int = 0,
 ) -> dict:
     """
-    Analyses a study.
+    Analyze a study.
 
     Intervals are bootstrap percentiles: conversations are drawn with replacement, each with all its systems and raters.
 
     Args:
-        folder: what `build` wrote.
-        exclusion: rules instead of the study's own.
-        answers: files of answers instead of the study's own folder, such as those that static pages gave.
-        resamples, confidence, seed: of the bootstrap.
+        folder: the study folder written by `build`.
+        exclusion: exclusion rules; by default the study's own rules.
+        answers: files of answers, such as downloads from static pages; by default the study's own folder of answers.
+        resamples, confidence, seed: options of the bootstrap.
 
     Returns:
         {"scores", "differences", "preferences", "agreement", "raters", "settings", ...}, see `report.parts`.
 
     Raises:
-        StudyError: for a folder that is no study, options that do not do, or where no rater is left.
+        StudyError: if the folder is not a study, an option is out of range, or all raters are excluded.
     """
     if resamples < 1 or not 0 < confidence < 1:
-        raise StudyError(f"{resamples} resamples and a confidence of {confidence}: take 1 or more, and from 0 to 1.")
+        raise StudyError(
+            f"resamples is {resamples} and confidence is {confidence}; give 1 or more, and a share between 0 and 1."
+        )
     folder = Path(folder)
     try:
         key = json.loads((folder / KEY).read_text(encoding="utf-8"))
@@ -70,8 +72,8 @@ def analyse(
         started = [row for row in raters if row["started"]]
         reasons = "; ".join(f"rater {row['rater']}: {', '.join(row['reasons'])}" for row in started)
         raise StudyError(
-            f"{folder}: no rater is left of {len(raters)}, of whom {len(started)} began"
-            + (f" ({reasons}). Loosen the exclusion rules, and say so." if started else ".")
+            f"{folder}: none of {len(raters)} raters can be counted; {len(started)} started"
+            + (f" ({reasons}). Relax the exclusion rules, and report that." if started else ".")
         )
     conversations, systems = list(key["conversations"]), key["systems"]
     draw = np.random.default_rng(seed)
@@ -95,7 +97,7 @@ def analyse(
         "agreement": {},
     }
     for question, by_cell in ratings.items():
-        means = {}  # system: one mean, and one of each resample
+        means = {}  # system: (mean, means of the resamples)
         result["scores"][question] = {}
         for system in systems:
             theirs = [list(by_cell[conversation, system].values()) for conversation in conversations]
@@ -158,7 +160,7 @@ def _share(scores: list[list[int]], score: int) -> float | None:
 
 
 def _latest(files: list[Path], key: dict) -> tuple[dict, list[str]]:
-    """{rater: {item: {question: line}}}, the last answer of each, and lines that are not of this study."""
+    """Return {rater: {item: {question: line}}} with the last answers, and problems such as lines of another study."""
     given, problems = {}, []
     questions = [question["name"] for question in key["questions"]]
     owner = {item: rater for rater, items in key["raters"].items() for item in items}
@@ -171,14 +173,14 @@ def _latest(files: list[Path], key: dict) -> tuple[dict, list[str]]:
         for line in lines:
             item, rater = str(line["item"]), line["rater"]
             if owner.get(item) != rater or line["question"] not in questions or line["score"] not in SCORES:
-                problems.append(f"{file}: an answer is not one of this study: {json.dumps(line)[:100]}")
+                problems.append(f"{file}: an answer does not belong to this study: {json.dumps(line)[:100]}")
             else:
                 given.setdefault(rater, {}).setdefault(item, {})[line["question"]] = line
     return given, problems
 
 
 def _judge_rater(rater: str, answers: dict, key: dict, rules: Exclusion) -> dict:
-    """What is known of a rater, and the reasons to leave them out."""
+    """The statistics of a rater, and the reasons to exclude the rater."""
     items, questions = key["raters"][rater], [question["name"] for question in key["questions"]]
     wanted = len(items) * len(questions)
     count = sum(len(answer) for answer in answers.values())
@@ -186,7 +188,7 @@ def _judge_rater(rater: str, answers: dict, key: dict, rules: Exclusion) -> dict
     failed = sum(
         any(line["score"] != key["items"][item]["check"] for line in answers.get(item, {}).values()) for item in checks
     )
-    # An answer tells how long its reply had been looked at: the longest of a reply is the time of both answers.
+    # An answer records how long its reply had been shown, so the maximum over a reply's answers is the total time.
     times = [max(_seconds(line, "seconds") for line in answer.values()) for answer in answers.values()]
     median = float(np.median(times)) if times else 0.0
     clips = {key["items"][item]["conversation"] for item in answers}
@@ -204,7 +206,7 @@ def _judge_rater(rater: str, answers: dict, key: dict, rules: Exclusion) -> dict
         if failed > rules.failed_checks:
             reasons.append(f"failed {failed} of {len(checks)} attention checks (more than {rules.failed_checks})")
         if median < rules.median_seconds:
-            reasons.append(f"took {median:.1f} s for a reply, the median (less than {rules.median_seconds:g} s)")
+            reasons.append(f"took a median of {median:.1f} s per reply (less than {rules.median_seconds:g} s)")
         if share_played < rules.played:
             reasons.append(f"played {share_played:.0%} of the clips (less than {rules.played:.0%})")
     return {
@@ -228,10 +230,10 @@ def _preference(
     by_cell: dict, conversations: list[str], one: str, other: str, design: str, weights: np.ndarray, interval
 ) -> dict:
     """
-    How often one system's reply is scored above the other's to the same conversation.
+    Compute how often one system's reply is scored higher than the other system's reply to the same conversation.
 
-    `within`: the comparisons are the raters' own, one for each rater who judged both. `between`: no rater judged both,
-    so the mean scores of the two replies are compared, one comparison for each conversation.
+    `within`: one comparison for each rater who judged both replies. `between`: no rater judged both replies, so their
+    mean scores are compared, one comparison per conversation.
     """
     counts = np.zeros((len(conversations), 3))  # better, the same, worse
     for place, conversation in enumerate(conversations):

@@ -1,4 +1,4 @@
-"""Answers as they are given: one JSON line each in one file a rater, only ever appended to."""
+"""Store answers as they are given: one append-only file per rater, one JSON line per answer."""
 
 import json
 import os
@@ -6,13 +6,13 @@ import threading
 from datetime import UTC, datetime
 from pathlib import Path
 
-from empathic.evaluation.study.replies import StudyError
+from .replies import StudyError
 
 FIELDS = {"rater", "item", "question", "score", "time", "seconds", "played"}
 
 
 def read_answers(path: Path) -> tuple[list[dict], list[str]]:
-    """The answers of a file, oldest first, and what was wrong with other lines: one that was cut off by a crash."""
+    """Read the answers of a file, oldest first, and a message for each invalid line, such as a truncated line."""
     lines, problems = [], []
     for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
         if not text.strip():
@@ -24,17 +24,17 @@ def read_answers(path: Path) -> tuple[list[dict], list[str]]:
         if isinstance(line, dict) and {"rater", "item", "question", "score"} <= set(line):
             lines.append(line)
         else:
-            problems.append(f"{path}:{number}: is no answer: {text[:60]!r}")
+            problems.append(f"{path}:{number}: not an answer: {text[:60]!r}")
     return lines, problems
 
 
 class AnswerStore:
     """
-    The answers of a study's raters.
+    The store of all answers of a study.
 
     Args:
-        folder: of the answers.
-        studies: rater's code -> what the rater's page is given.
+        folder: folder of the answers.
+        studies: code of a rater -> data of the rater's page.
     """
 
     def __init__(self, folder: Path, studies: dict[str, dict]):
@@ -45,14 +45,14 @@ class AnswerStore:
 
     def add(self, rater: str, line) -> None:
         """
-        Appends an answer; when this returns, it is on the disk.
+        Append an answer and flush it to disk.
 
         Raises:
-            StudyError: for an answer that is not one of this rater's.
+            StudyError: if the answer is invalid or belongs to another rater.
         """
         study = self.studies[rater]
         if not isinstance(line, dict) or line.get("rater") != rater:
-            raise StudyError("The answer is not one of this rater's.")
+            raise StudyError("The answer is not from this rater.")
         if set(line) - FIELDS:
             raise StudyError(f"The answer has unknown fields: {', '.join(sorted(set(line) - FIELDS))[:80]}.")
         if not isinstance(line.get("item"), str) or line["item"] not in self.items[rater]:
@@ -72,7 +72,7 @@ class AnswerStore:
             new = file.seek(0, os.SEEK_END) == 0
             if not new:
                 file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # a crash cut the last line off: keep what is there apart from this one
+                if file.read(1) != b"\n":  # a crash truncated the last line; start a new line
                     file.write(b"\n")
             file.write(json.dumps(line).encode() + b"\n")
             file.flush()
@@ -81,7 +81,7 @@ class AnswerStore:
                 _sync_folder(self.folder)
 
     def latest(self, rater: str) -> dict[str, dict[str, int]]:
-        """{item: {question: score}} of a rater, each the last that was given."""
+        """Return the last scores of a rater as {item: {question: score}}."""
         path, scores = self.folder / f"{rater}.jsonl", {}
         if path.is_file():
             for line in read_answers(path)[0]:
@@ -90,7 +90,7 @@ class AnswerStore:
 
 
 def _sync_folder(folder: Path) -> None:
-    """A new file's name is on the disk once its folder is."""
+    """Flush a folder to disk, so that a new file in it survives a crash."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,11 +1,11 @@
 """
-Writes the folder of a study.
+Write the folder of a study.
 
-    raters/CODE.json    what one rater's page is given; no name of a system is in it
-    media/              the conversations' clips, under names that tell nothing
+    raters/CODE.json    data of a rater's page, without names of systems
+    media/              the clips of the conversations, under random names
     links.txt           the raters' links
-    key.json            which code is which reply; never served, not needed until the analysis
-    answers/CODE.jsonl  what the raters answered
+    key.json            maps codes to replies; never served, and only needed for the analysis
+    answers/CODE.jsonl  the answers of a rater
     static/CODE.html    with `static`: each rater's page as a file
 """
 
@@ -14,44 +14,41 @@ import os
 import random
 import secrets
 import shutil
+import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from empathic.evaluation.study.clips import playable
-from empathic.evaluation.study.design import Item, plan
-from empathic.evaluation.study.pages import static_page
-from empathic.evaluation.study.replies import (
-    Conversation,
-    StudyError,
-    has_lost_clip,
-    media_of,
-    read_replies,
-    spoken,
-    text_of,
-)
-from empathic.media_empathic import MediaError
+from ...data_prep.messages import message_text
+from ...files import write_json, write_text
+from ...media_empathic import MediaError
+from ..saved_clips import changed_clip
+from .clips import playable
+from .design import Item, plan
+from .pages import static_page
+from .replies import Conversation, StudyError, has_lost_clip, media_of, read_replies, spoken
 
 KEY, RATERS, MEDIA, ANSWERS, LINKS, STATIC = "key.json", "raters", "media", "answers", "links.txt", "static"
 
-# The two questions of Sec. 5.2 in other words: the sentence as a continuation of the conversation in its meaning, and
-# its empathy with the final statement.
+# The two questions of Sec. 5.2 in our own words: does the reply continue the conversation semantically, and does it
+# show empathy with the final statement?
 QUESTIONS = (
     {"name": "semantics", "text": "How well does this reply make sense as the next line of the conversation?"},
     {"name": "empathy", "text": "How well does this reply show feeling for what was said last?"},
 )
 SCALE = ({"score": 1, "label": "bad"}, {"score": 2, "label": "medium"}, {"score": 3, "label": "good"})
-CHECK = 'This is no reply, but shows that you are reading: please answer "{label}" to both questions.'
+CHECK = 'This is an attention check, not a reply: please answer "{label}" to both questions.'
 LOST = (
-    "its clip is inside the data set, and not in the folder clips beside the replies; run `empathic evaluate dialogue` "
-    "again with a larger --clips, which makes no reply anew"
+    "its clip is stored in the data set, and not in the folder clips next to the replies; rerun `empathic evaluate "
+    "dialogue` with a larger --clips, which reuses all replies"
 )
+CHANGED = "{path}: was replaced after the replies; rerun `empathic evaluate dialogue`, which replies to the new clip"
 INTRODUCTION = (
-    "You will see short conversations. Each one ends with a sentence that somebody answers; you judge the answers.",
+    "You will see short conversations. Each conversation ends with a sentence and a reply to it; you judge the reply.",
     "Play the clip with the sound on, and read what was said before. Then answer two questions about the reply: how "
     "well it makes sense there, and how well it shows feeling for what was said last and how it was said.",
-    "Judge each reply for itself. There is no right or wrong; we want your own impression.",
-    "Each answer is saved as soon as you give it. You can close this page at any time and go on later with the same "
+    "Judge each reply on its own. There is no right or wrong; we want your own impression.",
+    "Each answer is saved as soon as you give it. You can close this page at any time and continue later with the same "
     "link.",
 )
 
@@ -59,13 +56,13 @@ INTRODUCTION = (
 @dataclass
 class Exclusion:
     """
-    When a rater is left out of the analysis, stated before the study begins.
+    Rules to exclude a rater from the analysis, stated before the study begins.
 
     Args:
-        complete: share of the rater's answers that must be there.
-        failed_checks: attention checks that may be answered otherwise than they ask.
-        median_seconds: the median time for a reply, both questions, must not be below this.
-        played: share of the judged conversations with a clip of which a second or more must have been played.
+        complete: minimum share of questions that the rater must answer.
+        failed_checks: maximum number of failed attention checks.
+        median_seconds: minimum of the median time per reply, for both questions together.
+        played: minimum share of clips, among the judged conversations, that must be played for at least a second.
     """
 
     complete: float = 1.0
@@ -76,27 +73,27 @@ class Exclusion:
     def __post_init__(self):
         for name in ("complete", "played"):
             if not 0 <= getattr(self, name) <= 1:
-                raise StudyError(f"The exclusion rule {name} is {getattr(self, name)} and must be from 0 to 1.")
+                raise StudyError(f"The exclusion rule {name} is {getattr(self, name)}; it must be from 0 to 1.")
         for name in ("failed_checks", "median_seconds"):
             if getattr(self, name) < 0:
-                raise StudyError(f"The exclusion rule {name} is {getattr(self, name)} and must be 0 or more.")
+                raise StudyError(f"The exclusion rule {name} is {getattr(self, name)}; it must be 0 or more.")
 
 
 @dataclass
 class StudyOptions:
     """
-    The study's size and order.
+    The options of a study.
 
     Args:
-        conversations: how many are drawn; None takes all. The paper has 10.
-        raters: how many links there are. The paper has 10.
-        ratings: of each reply; None takes all raters (`within`), or as many as there can be (`between`).
+        conversations: number of conversations to draw; None for all. The paper has 10.
+        raters: number of raters, each with a link. The paper has 10.
+        ratings: number of ratings per reply; None for all raters (`within`), or for the maximum (`between`).
         design: `within` or `between`, see `design.plan`.
-        checks: attention checks of each rater.
-        seed: of the draw and of all orders. The codes are new each time: nobody can work them out from the seed.
-        reference: whether the true replies are rated too, as one more system.
-        title, thanks: first and last words of the page; `thanks` may hold a code of completion.
-        exclusion: of the analysis.
+        checks: number of attention checks per rater.
+        seed: seed of the draw and of all orders. The codes do not depend on it, so that they cannot be guessed.
+        reference: whether the true replies are also rated, as a further system.
+        title, thanks: first and last text on the page; `thanks` may contain a completion code.
+        exclusion: exclusion rules of the analysis.
     """
 
     conversations: int | None = 10
@@ -113,33 +110,34 @@ class StudyOptions:
 
 def build(sources: list[str], output: Path, options: StudyOptions, static: bool = False) -> dict:
     """
-    Writes a study.
+    Write a study.
 
     Args:
         sources: files of replies, see `replies.read_replies`.
-        output: a folder that is not there, or is empty.
+        output: output folder; it must not exist, or be empty.
         options: see `StudyOptions`.
         static: also write each rater's page as a file that needs no server.
 
     Returns:
-        The key.
+        The content of key.json.
 
     Raises:
-        StudyError: for replies, numbers or a folder that do not do.
+        StudyError: if the replies, an option or the folder is invalid.
     """
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise StudyError(f"{output}: is there already. A study is never written over; give another folder.")
+        raise StudyError(f"{output}: exists already. A study is never overwritten; give another folder.")
     found, left_out = read_replies(sources, options.reference)
     systems = list(found[0].replies)
     wanted = options.conversations
     if wanted is not None and wanted < 1:
-        raise StudyError(f"conversations is {wanted} and must be 1 or more, or None for all.")
+        raise StudyError(f"conversations is {wanted}; it must be 1 or more, or None for all.")
     draw = random.Random(options.seed)
-    part = output.with_name(f"{output.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    (part / MEDIA).mkdir(parents=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f"{output.name}.", suffix=".part", dir=output.parent))  # of this run alone
     try:
+        part.chmod(0o755)
+        (part / MEDIA).mkdir()
         chosen, shown = [], []
         for conversation in draw.sample(found, len(found)):
             if len(chosen) == wanted:
@@ -152,9 +150,9 @@ def build(sources: list[str], output: Path, options: StudyOptions, static: bool 
         if len(chosen) < (wanted or 1):
             raise StudyError(
                 f"There are only {len(chosen)} conversations for a study of {wanted or 1}; {len(left_out)} are left "
-                f"out, such as {left_out[0]['id']} ({left_out[0]['reason']}). Take fewer conversations or more replies."
+                f"out, such as {left_out[0]['id']} ({left_out[0]['reason']}). Use fewer conversations or more replies."
                 if left_out
-                else f"There are only {len(chosen)} conversations for a study of {wanted or 1}. Take fewer."
+                else f"There are only {len(chosen)} conversations for a study of {wanted or 1}. Use fewer."
             )
         ratings = options.ratings
         if ratings is None:
@@ -166,7 +164,6 @@ def build(sources: list[str], output: Path, options: StudyOptions, static: bool 
         except ValueError as error:
             raise StudyError(str(error)) from None
         key = _write(part, chosen, shown, systems, items, options, ratings, left_out, static)
-        output.parent.mkdir(parents=True, exist_ok=True)
         if output.exists():
             output.rmdir()
         os.replace(part, output)
@@ -180,8 +177,11 @@ def _code() -> str:
 
 
 def _shown(conversation: Conversation, folder: Path) -> list[dict]:
-    """The messages as the page is given them, with their clips written."""
+    """Write the clips of a conversation; return its messages in the format of the page."""
     messages, written = [], []
+    changed = changed_clip(conversation.prompt, list(conversation.rows.values()))
+    if changed is not None:
+        raise MediaError(CHANGED.format(path=changed))
     try:
         for message in spoken(conversation.prompt):
             media, clip = media_of(message), None
@@ -193,8 +193,8 @@ def _shown(conversation: Conversation, folder: Path) -> list[dict]:
                 written.append(target)
                 clip = {"file": target.name, "kind": kind}
             mine = message.get("role") == "assistant"
-            name = message.get("name") or ("The one who replies" if mine else "Speaker")
-            messages.append({"name": str(name), "mine": mine, "text": text_of(message), "clip": clip})
+            name = message.get("name") or ("Replying speaker" if mine else "Speaker")
+            messages.append({"name": str(name), "mine": mine, "text": message_text(message), "clip": clip})
     except MediaError:
         for target in written:
             target.unlink(missing_ok=True)
@@ -243,15 +243,17 @@ def _write(
                 places[item.conversation] += 1
             raters[rater].append(code)
             page["items"].append({"code": code, "conversation": codes[item.conversation], "reply": reply})
-        _write_json(folder / RATERS / f"{rater}.json", page)
+        (folder / RATERS).mkdir(parents=True, exist_ok=True)
+        write_json(folder / RATERS / f"{rater}.json", page, ensure_ascii=False)
         if static:
-            _write_text(folder / STATIC / f"{rater}.html", static_page(page))
+            (folder / STATIC).mkdir(exist_ok=True)
+            write_text(folder / STATIC / f"{rater}.html", static_page(page))
     if static:
         shutil.copytree(folder / MEDIA, folder / STATIC / MEDIA)
     links = "".join(
         f"{number}\t{f'{STATIC}/{rater}.html' if static else f'/r/{rater}'}\n" for number, rater in enumerate(raters, 1)
     )
-    _write_text(folder / LINKS, links)
+    write_text(folder / LINKS, links)
     (folder / ANSWERS).mkdir()
     key = {
         "format": 1,
@@ -272,14 +274,5 @@ def _write(
         "items": items,
         "left_out": left_out,
     }
-    _write_json(folder / KEY, key)
+    write_json(folder / KEY, key, ensure_ascii=False)
     return json.loads(json.dumps(key))
-
-
-def _write_json(path: Path, content) -> None:
-    _write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Who rates what, and in which order: a blind study's design, as numbers only."""
+"""The design of a blind study, as indices: which rater rates which replies, and in which order."""
 
 import random
 from collections import Counter
@@ -11,9 +11,9 @@ SCORES = (1, 2, 3)
 @dataclass(frozen=True)
 class Item:
     """
-    What a rater judges at once: a conversation with one system's reply.
+    An item that a rater judges: a conversation with the reply of one system.
 
-    `system` is None for an attention check, whose reply asks for the score `expected`.
+    For an attention check `system` is None, and the reply asks for the score `expected`.
     """
 
     conversation: int
@@ -25,27 +25,29 @@ def plan(
     conversations: int, systems: int, raters: int, ratings: int, design: str, checks: int, seed: int
 ) -> list[list[Item]]:
     """
-    The items of each rater, in the order in which they are shown.
+    Return the items of each rater, in the order in which they are shown.
 
-    Each reply is rated by exactly `ratings` raters, and the raters' loads differ by one conversation at most.
+    Each reply is rated by exactly `ratings` raters, and the number of conversations per rater differs by at most one.
 
     - `within`, as in the paper (Fig. 10): a rater judges the replies of all systems to a conversation, one after the
-      other. Their order is a row of a Williams square: over the rows each system stands at each place, and follows each
-      other system, equally often. The rows are dealt like cards, so that all are used equally often.
-    - `between`: a rater sees a conversation once, with one system's reply, and each system equally often, up to one.
+      other. Their order is a row of a Williams square: over all rows, each system is equally often in each position,
+      and equally often directly after each other system. The rows are dealt like cards, to use all equally often.
+    - `between`: a rater sees a conversation once, with one system's reply. The counts of the systems differ by at most
+      one.
 
-    Conversations come in a random order. An attention check stands beside a reply to the same conversation.
+    The order of conversations is random. An attention check is next to a reply to the same conversation.
 
     Args:
-        conversations, systems, raters, ratings: how many there are; `ratings` of each reply.
-        checks: attention checks of each rater.
-        seed: of all that is drawn.
+        conversations, systems, raters: numbers of each.
+        ratings: number of ratings per reply.
+        checks: number of attention checks per rater.
+        seed: seed of all random choices.
 
     Raises:
-        ValueError: for numbers that do not fit together.
+        ValueError: if the numbers are out of range or inconsistent.
     """
     if design not in DESIGNS:
-        raise ValueError(f"There is no design {design!r}: take one of {', '.join(DESIGNS)}.")
+        raise ValueError(f"Unknown design {design!r}; choose one of {', '.join(DESIGNS)}.")
     for name, value in (
         ("conversations", conversations),
         ("systems", systems),
@@ -53,23 +55,23 @@ def plan(
         ("ratings", ratings),
     ):
         if value < 1:
-            raise ValueError(f"{name} is {value} and must be 1 or more.")
+            raise ValueError(f"{name} is {value}; it must be 1 or more.")
     if checks < 0:
-        raise ValueError(f"checks is {checks} and must be 0 or more.")
+        raise ValueError(f"checks is {checks}; it must be 0 or more.")
     seen_by = ratings if design == "within" else ratings * systems
     if seen_by > raters:
         raise ValueError(
             f"Each conversation must be seen by {seen_by} raters in the design {design} ({ratings} ratings of each "
-            f"reply, {systems} systems), and there are only {raters}. Take more raters or fewer ratings."
+            f"reply, {systems} systems), but there are only {raters}. Use more raters or fewer ratings."
         )
     least = conversations * seen_by // raters
     if least < 1:
         raise ValueError(
-            f"{conversations} conversations with {seen_by} raters each do not give all {raters} raters something to "
-            "judge. Take fewer raters, or more ratings or conversations."
+            f"{conversations} conversations with {seen_by} raters each are too few for {raters} raters. Use fewer "
+            "raters, or more ratings or conversations."
         )
     if checks > least:
-        raise ValueError(f"{checks} checks do not fit into the {least} conversations of a rater. Take fewer checks.")
+        raise ValueError(f"{checks} checks do not fit into the {least} conversations of a rater. Use fewer checks.")
     draw = random.Random(seed)
     assigned = _assign(conversations, raters, seen_by, draw)
     blocks = _within(assigned, systems, draw) if design == "within" else _between(assigned, systems, draw)
@@ -78,10 +80,10 @@ def plan(
 
 def williams(systems: int) -> list[list[int]]:
     """
-    Orders in which each item stands at each place, and directly before each other one, equally often.
+    Return orders in which each item is equally often in each position, and equally often before each other item.
 
-    E. J. Williams, "Experimental designs balanced for the estimation of residual effects of treatments" (1949): as many
-    rows as items for an even number of them, twice as many for an odd one.
+    E. J. Williams, "Experimental designs balanced for the estimation of residual effects of treatments" (1949): n rows
+    for an even number n of items, 2 n rows for an odd number.
     """
     first = [(place + 1) // 2 if place % 2 else (systems - place // 2) % systems for place in range(systems)]
     rows = [[(item + shift) % systems for item in first] for shift in range(systems)]
@@ -89,7 +91,7 @@ def williams(systems: int) -> list[list[int]]:
 
 
 def _assign(conversations: int, raters: int, seen_by: int, draw: random.Random) -> list[list[int]]:
-    """The conversations of each rater: each goes to those who have the fewest so far."""
+    """Assign conversations to raters: each goes to the raters who have the fewest so far."""
     assigned = [[] for _ in range(raters)]
     for conversation in draw.sample(range(conversations), conversations):
         queue = draw.sample(assigned, raters)
@@ -103,7 +105,7 @@ def _assign(conversations: int, raters: int, seen_by: int, draw: random.Random) 
 def _within(assigned: list[list[int]], systems: int, draw: random.Random) -> list[list[list[Item]]]:
     names = draw.sample(range(systems), systems)
     rows = [[names[item] for item in row] for row in williams(systems)]
-    deck, used = [], Counter()  # (conversation, row): so often
+    deck, used = [], Counter()  # (conversation, row): number of uses
     blocks = []
     for rater in assigned:
         blocks.append([])
@@ -118,40 +120,41 @@ def _within(assigned: list[list[int]], systems: int, draw: random.Random) -> lis
 
 def _between(assigned: list[list[int]], systems: int, draw: random.Random) -> list[list[list[Item]]]:
     """
-    Gives each (rater, conversation) a system, so that both see all systems equally often, up to one.
+    Assign a system to each (rater, conversation), so that for each rater and for each conversation the counts of the
+    systems differ by at most one.
 
-    That is an edge colouring: each rater and each conversation is split into nodes of at most `systems` edges, and a
-    bipartite graph of that degree has a proper colouring with as many colours (König 1916). A clash of colours is
-    solved by swapping two of them along the path on which they alternate.
+    This is an edge coloring: each rater and each conversation is split into nodes with at most `systems` edges, and a
+    bipartite graph of that degree has a proper coloring with `systems` colors (König 1916). A conflict is resolved by
+    swapping two colors along the path on which they alternate.
     """
     edges = [(rater, conversation) for rater, theirs in enumerate(assigned) for conversation in theirs]
     draw.shuffle(edges)
-    places, colours, degree = {}, {}, Counter()  # edge: its two nodes; node: {colour: edge}
+    places, colors, degree = {}, {}, Counter()  # edge: its two nodes; node: {color: edge}
     for edge in edges:
         ends = (("rater", edge[0]), ("conversation", edge[1]))
         places[edge] = tuple((*end, degree[end] // systems) for end in ends)
         degree.update(ends)
         for node in places[edge]:
-            colours.setdefault(node, {})
+            colors.setdefault(node, {})
         left, right = places[edge]
         free_left, free_right = (
-            next(colour for colour in range(systems) if colour not in colours[node]) for node in (left, right)
+            next(color for color in range(systems) if color not in colors[node]) for node in (left, right)
         )
-        path, node, colour = [], right, free_left
-        while colour in colours[node]:
-            step = colours[node][colour]
-            path.append((step, colour))
+        path, node, color = [], right, free_left
+        while color in colors[node]:
+            step = colors[node][color]
+            path.append((step, color))
             node = places[step][0] if places[step][1] == node else places[step][1]
-            colour = free_right if colour == free_left else free_left
-        for step, colour in path:
+            color = free_right if color == free_left else free_left
+        for step, color in path:
             for node in places[step]:
-                del colours[node][colour]
-        for step, colour in path:
+                del colors[node][color]
+        for step, color in path:
             for node in places[step]:
-                colours[node][free_right if colour == free_left else free_left] = step
-        colours[left][free_left] = colours[right][free_left] = edge
+                colors[node][free_right if color == free_left else free_left] = step
+        colors[left][free_left] = colors[right][free_left] = edge
     names = draw.sample(range(systems), systems)
-    system = {edge: names[colour] for edge in edges for colour, at in colours[places[edge][0]].items() if at == edge}
+    system = {edge: names[color] for edge in edges for color, at in colors[places[edge][0]].items() if at == edge}
     return [
         [[Item(conversation, system[rater, conversation])] for conversation in theirs]
         for rater, theirs in enumerate(assigned)
@@ -159,7 +162,7 @@ def _between(assigned: list[list[int]], systems: int, draw: random.Random) -> li
 
 
 def _with_checks(blocks: list[list[Item]], checks: int, draw: random.Random) -> list[Item]:
-    """The blocks in a row, with checks spread over them, at a random place of their block."""
+    """Concatenate the blocks, with checks spread over them at random positions within their blocks."""
     expected = []
     for place in range(checks):
         expected = expected or draw.sample(SCORES, len(SCORES))

@@ -1,21 +1,22 @@
-"""Saved replies of several systems, joined by conversation."""
+"""Read the saved replies of several systems, and join them by conversation."""
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from empathic.evaluation.saved_clips import parts_of, saved_clips
+from ...data_prep.messages import message_text
+from ..saved_clips import parts_of, saved_clips
 
-REFERENCE = "reference"  # the true replies, where they are rated as one more system
+REFERENCE = "reference"  # name of the true replies, if they are rated as a further system
 
 
 class StudyError(ValueError):
-    """A study that cannot be built, run or analysed. The message says what is wrong and the mend."""
+    """A study cannot be built, run or analyzed. The message gives the problem and the remedy."""
 
 
 @dataclass
 class Conversation:
-    """One prompt with the reply of each system. `rows` are the lines of the files without their prompts."""
+    """A prompt with the reply of each system. `rows` are the rows of the files without their prompts."""
 
     id: str
     prompt: list[dict]
@@ -25,19 +26,19 @@ class Conversation:
 
 def read_replies(sources: list[str], reference: bool = False) -> tuple[list[Conversation], list[dict]]:
     """
-    The conversations that all systems answered, in the order of the first file.
+    Read the conversations that all systems answered, in the order of the first file.
 
     Args:
-        sources: JSONL files with `id`, `prompt`, `reply` and, where there is one, `reference` on each line. A line's
-            system is its `system`, else the name in `NAME=FILE`, else the file's stem. A clip that a line names by its
-            `digest` is looked for in the folder `clips` beside the file, and gets its `path`.
-        reference: rate the true replies too, as the system `reference`.
+        sources: JSONL files with `id`, `prompt`, `reply` and optionally `reference` on each line. The system of a line
+            is its `system`, else the name in `NAME=FILE`, else the stem of the file. A clip with a `digest` gets the
+            `path` of the saved clip in the folder `clips` next to the file.
+        reference: also rate the true replies, as the system `reference`.
 
     Returns:
-        The conversations, and what was left out: {"id", "reason"}.
+        The conversations, and those left out: {"id", "reason"}.
 
     Raises:
-        StudyError: for a file or a line that cannot be read, a reply given twice, and where nothing is left.
+        StudyError: if a file or line cannot be read, a reply is given twice, or no conversation is left.
     """
     rows: dict[str, dict[str, dict]] = {}
     for source in sources:
@@ -47,19 +48,19 @@ def read_replies(sources: list[str], reference: bool = False) -> tuple[list[Conv
         _read(Path(file), named or Path(file).stem, rows)
     systems = list(rows)
     if reference and REFERENCE in rows:
-        raise StudyError(f"A system is called {REFERENCE!r}, which is the name of the true replies. Rename it.")
+        raise StudyError(f"A system has the name {REFERENCE!r}, which is reserved for the true replies. Rename it.")
     order = list(dict.fromkeys(id for by_id in rows.values() for id in by_id))
     conversations, left_out = [], []
     for id in order:
         missing = [system for system in systems if id not in rows[system]]
         if missing:
-            left_out.append({"id": id, "reason": f"no reply of {', '.join(missing)}"})
+            left_out.append({"id": id, "reason": f"no reply from {', '.join(missing)}"})
             continue
         theirs = {system: rows[system][id] for system in systems}
         first = _said(theirs[systems[0]]["prompt"])
         differing = [system for system in systems if _said(theirs[system]["prompt"]) != first]
         if differing:
-            reason = f"what was said before is not the same to {systems[0]} and to {', '.join(differing)}"
+            reason = f"the prompt of {systems[0]} differs from that of {', '.join(differing)}"
             left_out.append({"id": id, "reason": reason})
             continue
         replies = {system: row["reply"] for system, row in theirs.items()}
@@ -69,23 +70,23 @@ def read_replies(sources: list[str], reference: bool = False) -> tuple[list[Conv
                 left_out.append({"id": id, "reason": "has no reference"})
                 continue
             replies[REFERENCE] = true
-        # A system that reads text only may have been given no clips: raters see those of the one that had most.
+        # A text-only system may have no clips in its prompt: raters see the prompt with the most clips.
         prompt = max((row["prompt"] for row in theirs.values()), key=_clips)
         kept = {system: {k: v for k, v in row.items() if k != "prompt"} for system, row in theirs.items()}
         conversations.append(Conversation(id, prompt, replies, kept))
     if not conversations:
         raise StudyError(
-            f"No conversation was answered by all of {', '.join(systems)}; the first that is left out: "
+            f"No conversation was answered by all of {', '.join(systems)}; the first left out is "
             f"{left_out[0]['id']} ({left_out[0]['reason']}). Give files of the same conversations."
             if left_out
-            else f"{', '.join(sources)}: hold no replies."
+            else f"{', '.join(sources)}: no replies found. Give JSONL files of saved replies."
         )
     return conversations, left_out
 
 
 def _read(path: Path, stem: str, rows: dict[str, dict[str, dict]]) -> None:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: a reply may hold U+2028
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: a reply may contain U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise StudyError(f"{path}: cannot be read ({error}). Give a JSONL file of saved replies.") from None
     clips = saved_clips(path)
@@ -96,7 +97,7 @@ def _read(path: Path, stem: str, rows: dict[str, dict[str, dict]]) -> None:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise StudyError(f"{where}: is no JSON ({error}). Write one object a line.") from None
+            raise StudyError(f"{where}: not JSON ({error}). Write one object per line.") from None
         problem = _problem(row)
         if problem:
             raise StudyError(f"{where}: {problem}.")
@@ -104,8 +105,8 @@ def _read(path: Path, stem: str, rows: dict[str, dict[str, dict]]) -> None:
         theirs = rows.setdefault(system, {})
         if str(row["id"]) in theirs:
             raise StudyError(
-                f"{where}: {system} has answered {row['id']!r} already. Keep one of the two; if these are two systems "
-                "whose files have one name, give them as NAME=FILE."
+                f"{where}: {system} has a second reply to {row['id']!r}. Remove one of the two; if two systems have "
+                "files of the same name, give them as NAME=FILE."
             )
         for part in parts_of(row["prompt"]):
             found = clips.get(str(part.get("digest")))
@@ -115,15 +116,15 @@ def _read(path: Path, stem: str, rows: dict[str, dict[str, dict]]) -> None:
 
 
 def _problem(row) -> str | None:
-    """What is wrong with a line, if anything is."""
+    """The problem with a row, or None."""
     if not isinstance(row, dict):
-        return "is no object with id, prompt and reply"
+        return "not an object with id, prompt and reply"
     if not isinstance(row.get("id"), str | int):
-        return f"its id is {row.get('id')!r} and must be a string"
+        return f"its id is {row.get('id')!r}; it must be a string"
     if not isinstance(row.get("reply"), str):
-        return f"its reply is {row.get('reply')!r} and must be a string"
+        return f"its reply is {row.get('reply')!r}; it must be a string"
     if not isinstance(row.get("system", ""), str):
-        return f"its system is {row['system']!r} and must be a string"
+        return f"its system is {row['system']!r}; it must be a string"
     prompt = row.get("prompt")
     if not isinstance(prompt, list) or not prompt:
         return "its prompt must be a list of messages"
@@ -135,16 +136,8 @@ def _problem(row) -> str | None:
     return None
 
 
-def text_of(message: dict) -> str:
-    """What is said in a message."""
-    content = message["content"]
-    if isinstance(content, str):
-        return content
-    return " ".join(part["text"] for part in content if part.get("text"))
-
-
 def media_of(message: dict) -> dict[str, str]:
-    """The files of a message: {"audio": path, "video": path}, of which any may be missing."""
+    """The media files of a message: {"audio": path, "video": path}; either or both may be missing."""
     if isinstance(message["content"], str):
         return {}
     return {
@@ -155,17 +148,17 @@ def media_of(message: dict) -> dict[str, str]:
 
 
 def has_lost_clip(message: dict) -> bool:
-    """Whether a clip of a message is inside the data set only."""
+    """Whether a clip of a message was not saved as a file, and is only in the data set."""
     return any(part.get("digest") and not part.get("path") for part in parts_of([message]))
 
 
 def spoken(prompt: list[dict]) -> list[dict]:
-    """The messages that somebody said: all but the system's."""
+    """The messages without system messages."""
     return [message for message in prompt if message.get("role") != "system"]
 
 
 def _said(prompt: list[dict]) -> list[tuple]:
-    return [(message.get("role"), text_of(message).strip()) for message in spoken(prompt)]
+    return [(message.get("role"), message_text(message).strip()) for message in spoken(prompt)]
 
 
 def _clips(prompt: list[dict]) -> int:

@@ -1,20 +1,20 @@
-"""The analysis of a study: a table in the terminal, parts of a report, Markdown and JSON."""
+"""Format the analysis of a study: a table for the terminal, parts of a report, Markdown and JSON."""
 
 import json
 from pathlib import Path
 
-from empathic.evaluation.report_parts import Part, Section, Table
-from empathic.evaluation.report_text import markdown as report_markdown
+from ..report.parts import Part, Section, Table
+from ..report.text import markdown as report_markdown
 
 ANALYSIS = "analysis.json"
 SCALE = "1 bad, 2 medium, 3 good"
 AGREEMENT = (
-    "Krippendorff's alpha: 1 is full agreement, 0 that of chance; he asks for 0.8 and more, and takes 0.667 to 0.8 for "
-    "tentative conclusions."
+    "Krippendorff's alpha: 1 is full agreement, 0 is chance level. Krippendorff recommends 0.8 or more, and 0.667 to "
+    "0.8 only for tentative conclusions."
 )
 PAPER = (
-    "The paper asked ten raters about ten conversations and six systems (Sec. 9). It draws the mean scores (Fig. 5), "
-    "which are not copied here. The wording of our questions is our own."
+    "The paper asked ten raters about ten conversations and six systems (Sec. 9). It plots the mean scores (Fig. 5), "
+    "which are not copied here. Our questions have our own wording."
 )
 
 
@@ -25,7 +25,7 @@ def _value(value: float | None, interval: list[float] | None, form: str = ".2f")
 
 
 def score_rows(result: dict) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the mean scores: one row a system."""
+    """Return the header and the rows of the table of mean scores, one row per system."""
     names = [question["name"] for question in result["questions"]]
     rows = []
     for system in result["systems"]:
@@ -36,7 +36,7 @@ def score_rows(result: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def text(result: dict) -> str:
-    """What the terminal shows: mean scores, agreement, who was left out."""
+    """Format mean scores, agreement and excluded raters for the terminal."""
     header, rows = score_rows(result)
     widths = [max(len(line[place]) for line in [header, *rows]) for place in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [header, *rows]]
@@ -57,30 +57,30 @@ def _excluded(result: dict) -> list[dict]:
 
 
 def raters_sentence(result: dict) -> str:
-    """How many raters there are, began, and are kept."""
+    """A sentence with the numbers of raters who are counted, and who started."""
     started = sum(row["started"] for row in result["raters"])
-    return f"{result['kept_raters']} of {len(result['raters'])} raters are counted; {started} began."
+    return f"{result['kept_raters']} of {len(result['raters'])} raters are counted; {started} started."
 
 
 def rules_sentence(result: dict) -> str:
-    """Who is left out, and whether that was stated before the study."""
+    """A sentence with the exclusion rules, and whether they were stated before the study."""
     rules = result["settings"]["exclusion"]
     stated = (
         "as stated before the study" if result["settings"]["exclusion_as_stated_before"] else "CHANGED after the study"
     )
     return (
         f"Rules, {stated}: a rater is left out who gave less than {rules['complete']:.0%} of the answers, failed more "
-        f"than {rules['failed_checks']} attention checks, took less than {rules['median_seconds']:g} s for a reply "
-        f"(median), or played less than {rules['played']:.0%} of the clips."
+        f"than {rules['failed_checks']} attention checks, took a median of less than {rules['median_seconds']:g} s per "
+        f"reply, or played less than {rules['played']:.0%} of the clips."
     )
 
 
 def parts(result: dict) -> list[Part]:
     """
-    All of the analysis as parts of a report. No rater's code is in them.
+    Return the whole analysis as parts of a report, without the codes of raters.
 
     Args:
-        result: of `analysis.analyse`.
+        result: the result of `analysis.analyze`.
     """
     settings = result["settings"]
     header, rows = score_rows(result)
@@ -106,11 +106,11 @@ def parts(result: dict) -> list[Part]:
 
 
 def _preferences(result: dict) -> list[Table]:
-    """Two systems by two, a table for each question; none where there is one system only."""
+    """Pairwise comparisons of systems, one table per question; no tables if there is only one system."""
     note = (
-        "Each rater's scores of two replies to the same conversation, compared."
+        "Compares each rater's scores of two replies to the same conversation."
         if result["settings"]["design"] == "within"
-        else "The mean scores of two replies to the same conversation, compared: no rater saw both."
+        else "Compares the mean scores of two replies to the same conversation; no rater saw both."
     )
     header = ["first", "second", "first better", "same", "second better", "comparisons", "difference of means"]
     tables = []
@@ -121,7 +121,7 @@ def _preferences(result: dict) -> list[Table]:
             change = _value(difference["mean"], difference["interval"], "+.2f")
             rows.append([*row["systems"], *shares, str(row["comparisons"]), change])
         if rows:
-            notes = [note, "No interval is adjusted for several comparisons."]
+            notes = [note, "Intervals are not adjusted for multiple comparisons."]
             tables.append(Table(f"Which reply is preferred: {name}", header, rows, names=2, notes=notes))
     return tables
 
@@ -132,7 +132,7 @@ def _raters(result: dict) -> Table:
             str(row["rater"]),
             ("left out: " + "; ".join(row["reasons"]))
             if row["reasons"]
-            else ("counted" if row["started"] else "did not begin"),
+            else ("counted" if row["started"] else "did not start"),
             f"{row['answers']} of {row['of']}",
             f"{row['failed_checks']} of {row['checks']}",
             f"{row['median_seconds']:.1f} s" if row["started"] else "–",
@@ -140,22 +140,22 @@ def _raters(result: dict) -> Table:
         ]
         for row in result["raters"]
     ]
-    header = ["rater", "outcome", "answers", "failed checks", "time for a reply, median", "clips played"]
+    header = ["rater", "outcome", "answers", "failed checks", "median time per reply", "clips played"]
     return Table("The raters, and who was left out", header, rows, names=2, prose=True)
 
 
 def _problems(result: dict) -> list[Table]:
     lines = [[line] for line in result["problems"]]
-    return [Table("Lines that are no answers", ["line"], lines, prose=True)] if lines else []
+    return [Table("Invalid lines in the answers", ["line"], lines, prose=True)] if lines else []
 
 
 def markdown(result: dict) -> str:
-    """All of the analysis in Markdown."""
+    """Format the whole analysis as Markdown."""
     return report_markdown("Human evaluation", [], [Section("What the raters said", parts(result))])
 
 
 def write(result: dict, folder: Path) -> tuple[Path, Path]:
-    """Writes `analysis.md` and `analysis.json` into a folder; returns their paths."""
+    """Write `analysis.md` and `analysis.json` into a folder; return their paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     page, data = folder / "analysis.md", folder / ANALYSIS

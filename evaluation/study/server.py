@@ -1,4 +1,4 @@
-"""A small app that gives raters their pages and clips, and saves their answers."""
+"""A small web server that sends raters their pages and clips, and saves their answers."""
 
 import json
 import re
@@ -8,26 +8,26 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from empathic.evaluation.study.answers import AnswerStore
-from empathic.evaluation.study.build import ANSWERS, LINKS, MEDIA, RATERS
-from empathic.evaluation.study.pages import POLICY, asset, served_page
-from empathic.evaluation.study.replies import StudyError
+from .answers import AnswerStore
+from .build import ANSWERS, LINKS, MEDIA, RATERS
+from .pages import POLICY, asset, served_page
+from .replies import StudyError
 
 TYPES = {".mp4": "video/mp4", ".webm": "video/webm"}
-LARGEST = 4096  # bytes of an answer
+LARGEST = 4096  # maximum size of an answer in bytes
 RANGE = re.compile(r"bytes=(\d{0,15})-(\d{0,15})")
 
 
 class StudyServer(ThreadingHTTPServer):
     """
-    Serves a study. It never reads the study's key, and opens only files that were there when it started.
+    The server of a study. It never reads the study's key, and opens only files that existed when it started.
 
     Args:
-        folder: what `build` wrote.
-        host, port: where it listens; port 0 takes a free one.
+        folder: the study folder written by `build`.
+        host, port: address to listen on; port 0 for any free port.
 
     Raises:
-        StudyError: for a folder that is no study.
+        StudyError: if the folder is not a study, or the address cannot be used.
     """
 
     daemon_threads = True
@@ -35,7 +35,7 @@ class StudyServer(ThreadingHTTPServer):
     def __init__(self, folder: Path, host: str = "127.0.0.1", port: int = 8000):
         folder = Path(folder)
         if not (folder / RATERS).is_dir():
-            raise StudyError(f"{folder}: is no study. Make one with `empathic study build`.")
+            raise StudyError(f"{folder}: not a study. Build one with `empathic study build`.")
         studies = {
             path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / RATERS).glob("*.json"))
         }
@@ -49,28 +49,28 @@ class StudyServer(ThreadingHTTPServer):
         try:
             super().__init__((host, port), Handler)
         except OSError as error:
-            raise StudyError(f"{host}:{port}: cannot be listened at ({error}). Take another --port.") from None
+            raise StudyError(f"{host}:{port}: cannot listen there ({error}). Use another --port.") from None
 
     def links(self) -> list[str]:
-        """Each rater's address, in the order of `links.txt`."""
+        """The URL of each rater, in the order of `links.txt`."""
         host, port = self.server_address[:2]
         lines = (self.answers.folder.parent / LINKS).read_text(encoding="utf-8").splitlines()
         codes = [Path(line.split("\t")[1]).stem for line in lines]
         return [f"http://{host}:{port}/r/{code}" for code in codes]
 
     def handle_error(self, request, client_address):
-        """A browser that goes away in the middle of a clip is no error."""
+        """Ignore connection errors: a browser may disconnect in the middle of a clip."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request. Addresses are looked up, never made into paths."""
+    """The handler of a request. URLs are only looked up, never converted to file paths."""
 
     server: StudyServer
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "empathic", ""
-    timeout = 60  # seconds without a word from the browser
+    timeout = 60  # seconds without data from the browser
 
     def do_GET(self):
         path = self.path.partition("?")[0]
@@ -100,7 +100,7 @@ class Handler(BaseHTTPRequestHandler):
         if len(parts) != 4 or parts[1] != "r" or parts[3] != "answers" or parts[2] not in self.server.answers.studies:
             self._send(HTTPStatus.NOT_FOUND, "There is no such rater.", "text/plain")
             return
-        # Other sites' pages cannot send this type without asking first, and are never answered.
+        # Pages of other sites cannot send this type without a preflight request, which is never answered.
         if self.headers.get_content_type() != "application/json":
             self._send(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Answers are application/json.", "text/plain")
             return
@@ -128,13 +128,13 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(length))
         self.send_header("Content-Security-Policy", POLICY)
         self.send_header("X-Content-Type-Options", "nosniff")
-        self.send_header("Referrer-Policy", "no-referrer")  # the address holds the rater's code
+        self.send_header("Referrer-Policy", "no-referrer")  # the URL contains the rater's code
         for name, value in more.items():
             self.send_header(name, value)
         self.end_headers()
 
     def _send_clip(self, path: Path) -> None:
-        """A clip or the part of it that the browser asks for (RFC 9110, 14): players seek with that."""
+        """Send a clip, or the requested byte range (RFC 9110, 14), which players need to seek."""
         size = path.stat().st_size
         start, end, status = 0, size, HTTPStatus.OK
         match = RANGE.fullmatch(self.headers.get("Range", ""))
@@ -163,11 +163,11 @@ class Handler(BaseHTTPRequestHandler):
                         left -= len(piece)
 
     def log_message(self, format, *args):
-        """Silent: addresses hold the raters' codes."""
+        """Log nothing: URLs contain the raters' codes."""
 
 
 def serve(folder: Path, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Prints the raters' links and serves the study until it is interrupted."""
+    """Print the raters' links, and serve the study until interrupted."""
     with StudyServer(folder, host, port) as server:
         print(f"The study {folder} is open; Ctrl-C closes it. Answers go to {server.answers.folder}.")
         for number, link in enumerate(server.links(), 1):

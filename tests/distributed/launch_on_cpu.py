@@ -105,4 +105,7 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
+    from empathic.processes import leave
+
     main(sys.argv[1])
+    leave(0)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from empathic.composition_empathic import PARTS_FILE
-from empathic.trainers.checkpoint import UNFINISHED
+from empathic.trainers.checkpoints.stage_folder import UNFINISHED
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 

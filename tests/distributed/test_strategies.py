@@ -13,12 +13,12 @@ from safetensors.torch import load, load_file
 from transformers import Trainer
 
 from empathic.composition_empathic import ADAPTER_CONFIG, PARTS_FILE
-from empathic.hub_model import push_model
+from empathic.hub.models import push_model
 from empathic.modeling_empathic import EmpathicForConditionalGeneration
 from empathic.processing_empathic import EmpathicProcessor
 from empathic.trainers import train
-from empathic.trainers.checkpoint import load_model
-from empathic.trainers.saving import ADAPTER_FILE
+from empathic.trainers.checkpoints.saving import ADAPTER_FILE
+from empathic.trainers.checkpoints.stage_folder import load_model
 from empathic.trainers.stages import STAGES
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]

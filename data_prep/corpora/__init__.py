@@ -1,0 +1,1 @@
+"""Corpus adapters, which read the tables and locate the clips of each corpus."""

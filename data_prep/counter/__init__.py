@@ -1,0 +1,1 @@
+"""Counter-emotional preference pairs: generation, selection and audit."""

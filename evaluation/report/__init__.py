@@ -1,0 +1,1 @@
+"""A report of all result files, as HTML, Markdown and LaTeX."""

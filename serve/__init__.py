@@ -1,0 +1,1 @@
+"""The chatbot as a service that speaks OpenAI's chat completions protocol."""

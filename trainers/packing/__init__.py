@@ -1,0 +1,1 @@
+"""Packed rows without padding: layouts, shared prefixes, attention, and memory-efficient log-probabilities."""
