@@ -78,8 +78,17 @@ ARM_TITLES = {
 }
 # What is trained with several seeds, and its options: EPO, and the same steps with the autoregressive loss alone.
 SEEDS_ARMS = {"epo": (), "control": ("--epo_weight", "0")}
-# Sampling from the distribution that was trained. Greedy decoding shows only which reply is the most likely one.
+# Sampling from the distribution that was trained: how often a reply is wrong. Greedy decoding shows only which reply is
+# the most likely one.
 AS_TRAINED = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+DIALOGUE_METRICS = {
+    "emotion_score": "EmotionScore",
+    "emotion_score_sampled": "sampled",
+    "dist1": "Dist-1",
+    "recall": "recall of history",
+    "reward_accuracy": "reward accuracy",
+    "margin": "margin",
+}
 SEEDS_HEADER = ["metric", "EPO", "control", "difference", "95% interval", "p"]
 SEEDS_METRICS = {
     "emotion_score": "EmotionScore, greedy replies",
@@ -288,12 +297,10 @@ def evaluate_arm(root: Path, arm: str, seed: int = 0) -> dict:
     row["recall"] = word_recall(replies, [sorted(recall_words(sample)) for sample in samples])
     pairs = [{**row, "prompt": seen(row["prompt"])} for row in load_dataset(str(root / "pairs"), split="test")]
     row |= reward_row(model, processor, pairs, root / "scratch" / folder_of(arm, seed))
-    outcome = {"row": row, "replies": replies}
-    if arm in SEEDS_ARMS:
-        torch.manual_seed(seed)
-        outcome["sampled"] = generate_texts(model, processor, prompts, description=f"sampled: {arm}", **AS_TRAINED)
-        row["emotion_score_sampled"] = emotion_score(outcome["sampled"], references, features, allow_empty=True)
-    return outcome
+    torch.manual_seed(seed)
+    sampled = generate_texts(model, processor, prompts, description=f"sampled: {arm}", **AS_TRAINED)
+    row["emotion_score_sampled"] = emotion_score(sampled, references, features, allow_empty=True)
+    return {"row": row, "replies": replies, "sampled": sampled}
 
 
 def evaluate_memory(root: Path) -> dict:
@@ -353,11 +360,8 @@ def report(results: dict, replies: dict[str, list[str]], samples: list[dict]) ->
         ),
         f"Stages dialogue and epo: replies in held-out conversations (EmotionScore pooling: {POOLING})",
         table(
-            ["model", "EmotionScore", "Dist-1", "recall of history", "reward accuracy", "margin"],
-            [
-                [ARM_TITLES[arm], r["emotion_score"], r["dist1"], r["recall"], r["reward_accuracy"], r["margin"]]
-                for arm, r in dialogue.items()
-            ],
+            ["model", *DIALOGUE_METRICS.values()],
+            [[ARM_TITLES[arm], *(row[name] for name in DIALOGUE_METRICS)] for arm, row in dialogue.items()],
         ),
         f"EPO and its control, mean ± standard deviation over {len(SEEDS)} seeds (paired test over conversations)",
         table(SEEDS_HEADER, [[title, *seed_cells(results["seeds"][name])] for name, title in SEEDS_METRICS.items()]),

@@ -9,14 +9,16 @@
 import hashlib
 import json
 import os
+import random
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from ..configuration_empathic import EMOTIONS
 from .clips import write_clip
-from .dialogues import SPLITS, USER, make_dialogues
+from .dialogues import ASSISTANT, SPLITS, USER, make_dialogues, reply_for
 
 # About three clips per conversation: 1,440 clips, written in about 20 seconds on one core. The test split has about 300
 # labeled clips, so that a measured accuracy of 0.9 has a standard error of 0.017.
@@ -24,6 +26,10 @@ NUM_DIALOGUES = {"train": 340, "validation": 40, "test": 100}
 # A whole number of AAC frames (15 of 1,024 samples): the codec would pad a full second to a little more than a second,
 # which would need a second Whisper window.
 SECONDS = 0.96
+# Share of the assistant's replies in the training split that answer another emotion than the user's, drawn at random:
+# people, too, do not always find the right tone. The likelihood alone teaches a model to err as often. The other splits
+# have none.
+MISFIT_SHARE = 0.3
 
 
 def _clip_rng(utterance_id, seed):
@@ -46,16 +52,21 @@ def corpus_rows(num_dialogues=None, seed=0, with_clips=True):
         raise ValueError(f"num_dialogues has unknown splits {', '.join(unknown)}; give only {', '.join(SPLITS)}.")
     rows = []
     for split in SPLITS:
+        misfits = random.Random(f"misfits {split} {seed}")
         for number, dialogue in enumerate(make_dialogues(num_dialogues.get(split, 0), seed, split)):
             dialogue_id = f"{split}-{seed}-{number:04d}"
             for place, turn in enumerate(dialogue):
+                text = turn["text"]
+                if split == "train" and turn["speaker"] == ASSISTANT and misfits.random() < MISFIT_SHARE:
+                    others = [emotion for emotion in EMOTIONS if emotion != dialogue[place - 1]["emotion"]]
+                    text = reply_for(turn["context"], misfits.choice(others), misfits)
                 row = {
                     "split": split,
                     "dialogue_id": dialogue_id,
                     "turn": place,
                     "utterance_id": f"{dialogue_id}-{place}",
                     "speaker": turn["speaker"],
-                    "text": turn["text"],
+                    "text": text,
                     "emotion": turn["emotion"],
                 }
                 if with_clips and turn["speaker"] == USER:

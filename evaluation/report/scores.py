@@ -39,6 +39,7 @@ QUICKSTART_ROWS = {
 }
 QUICKSTART_COLUMNS = {
     "emotion_score": "EmotionScore",
+    "emotion_score_sampled": "sampled",
     "dist1": "Dist-1",
     "recall": "recall of the history",
     "reward_accuracy": "reward accuracy",
@@ -47,7 +48,7 @@ QUICKSTART_COLUMNS = {
 QUICKSTART_SEEDS = {
     "emotion_score": "EmotionScore, greedy replies",
     "emotion_score_sampled": "EmotionScore, replies sampled at temperature 1",
-    **{name: title for name, title in QUICKSTART_COLUMNS.items() if name != "emotion_score"},
+    **{name: title for name, title in QUICKSTART_COLUMNS.items() if not name.startswith("emotion_score")},
 }
 QUICKSTART_INPUTS = {"T": "T", "AT": "A+T", "VT": "V+T", "AVT": "A+V+T"}
 

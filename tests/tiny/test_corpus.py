@@ -11,7 +11,7 @@ from empathic.configuration_empathic import EMOTIONS
 from empathic.data_prep.corpora.folder import prepare_folder
 from empathic.media_empathic import probe, read_audio
 from empathic.tiny import corpus, encoders
-from empathic.tiny.dialogues import SPLITS, USER, make_dialogues
+from empathic.tiny.dialogues import ASSISTANT, OPENERS, SPLITS, USER, make_dialogues
 
 FEW = {"train": 2, "validation": 1, "test": 2}
 
@@ -108,12 +108,28 @@ def test_an_unknown_split_is_named(tmp_path):
         corpus.write_corpus(tmp_path, num_dialogues={"dev": 1}, progress=False)
 
 
+def test_some_replies_of_the_training_split_answer_another_emotion():
+    rows = corpus.corpus_rows(with_clips=False)
+    share = {}
+    for split, number in corpus.NUM_DIALOGUES.items():
+        turns = [turn for dialogue in make_dialogues(number, 0, split) for turn in dialogue]
+        texts = [row["text"] for row in rows if row["split"] == split]
+        emotions = [None, *(turn["emotion"] for turn in turns)]
+        replies = [item for item in zip(texts, turns, emotions, strict=False) if item[1]["speaker"] == ASSISTANT]
+        fits = [any(text.startswith(opener) for opener in OPENERS[emotion]) for text, _, emotion in replies]
+        assert all(text == turn["text"] for (text, turn, _), fit in zip(replies, fits, strict=True) if fit)
+        share[split] = 1 - sum(fits) / len(fits)
+    assert share["validation"] == share["test"] == 0
+    assert share["train"] == pytest.approx(corpus.MISFIT_SHARE, abs=0.04)
+
+
 def test_splits_share_no_content():
     rows = corpus.corpus_rows(with_clips=False)
     pairs, texts = {}, {}
     for split, number in corpus.NUM_DIALOGUES.items():
         turns = [turn for dialogue in make_dialogues(number, 0, split) for turn in dialogue]
-        assert [turn["text"] for turn in turns] == [row["text"] for row in rows if row["split"] == split]
+        asked = [turn["text"] for turn in turns if turn["speaker"] == USER]
+        assert asked == [row["text"] for row in rows if row["split"] == split and row["speaker"] == USER]
         pairs[split] = {tuple(sorted(turn["pair"])) for turn in turns if turn["pair"]}
         texts[split] = {turn["text"] for turn in turns if turn["pair"]}
         assert len(pairs[split]) > 20
