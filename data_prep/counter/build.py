@@ -46,7 +46,7 @@ from ..writer import card_header, publish_parquet
 from .audit import Audit, page
 from .generators import CausalGenerator, EmpathicGenerator, VllmGenerator
 from .options import add_options
-from .pairs import NEAR, THRESHOLD, PairWriter, drop_reasons, make_row, sample_name
+from .pairs import NEAR, THRESHOLD, PairWriter, drop_reasons, make_row, misfit_reason, sample_name
 
 logger = logging.get_logger(__name__)
 
@@ -72,6 +72,7 @@ def counter_pairs(
     threshold: float = THRESHOLD,
     near_duplicate: float = NEAR,
     negatives: int | str = "lowest",
+    fitting_only: bool = False,
     seed: int = 0,
     chunk_size: int = CHUNK,
     plain_text: bool = False,
@@ -100,6 +101,8 @@ def counter_pairs(
         near_duplicate: see `pairs.drop_reasons`.
         negatives: the number of rejected replies of a row. "lowest": one, the least similar. "all", or a number:
             further candidates below the threshold are also kept, in the column `negatives`, the least similar first.
+        fitting_only: whether to leave out samples whose true reply does not fit the emotion of the sentence
+            (`pairs.misfit_reason`). EPO amplifies what the true replies do, whether it fits or not.
         seed: sampling seed; the seed of each candidate also depends on the ids of its sample and its emotion.
         chunk_size: samples per chunk.
         plain_text: if True, the prompts contain no clips and their contents are strings.
@@ -127,6 +130,8 @@ def counter_pairs(
     selecting = {"pooling": pooling, "threshold": threshold, "near_duplicate": near_duplicate, "plain_text": plain_text}
     if limit != 1:  # absent otherwise, so that runs of earlier versions stay complete
         selecting["negatives"] = "all" if limit is None else limit
+    if fitting_only:  # likewise
+        selecting["fitting_only"] = True
     work = out / WORK / fingerprint(writing)[:16]
     chunks = [chunk for split, part in samples.items() for chunk in _chunks(split, part, chunk_size)]
     media = None if plain_text else {split: _media_digest(part) for split, part in samples.items()}
@@ -340,6 +345,9 @@ def _merge(samples: dict[str, Sequence[dict]], out: Path, work: Path, chunks: li
                     audit.leave_out(sample, result["reason"])
                     continue
                 candidates = result["candidates"]
+                if settings.get("fitting_only") and (reason := misfit_reason(sample["emotion"], candidates, pooling)):
+                    audit.leave_out(sample, reason)
+                    continue
                 texts = [candidate["text"] for candidate in candidates]
                 reasons = drop_reasons(sample["reply"], texts, settings["near_duplicate"])
                 for candidate, reason in zip(candidates, reasons, strict=True):
@@ -394,6 +402,11 @@ def _card(report: dict, names: dict[str, str]) -> str:
             "\nA row may have several rejected replies: `rejected` is the least similar one, and the list `negatives` "
             "has the further\ncandidates below the same threshold, the least similar first. The rows have "
             f"{replies} rejected replies in all{most}.\n"
+        )
+    if "fitting_only" in settings:
+        more += (
+            "\nThe true replies fit the emotion of the sentence: no candidate is more similar to the true reply than "
+            "the candidate\nthat was written for this emotion.\n"
         )
     return f"""{card_header(names)}
 # Counter-emotional preference pairs
@@ -475,6 +488,7 @@ def run(options: argparse.Namespace) -> int:
         near_duplicate=options.near_duplicate,
         seed=options.seed,
         negatives=options.negatives,
+        fitting_only=options.fitting_only,
         chunk_size=options.chunk_size,
         plain_text=options.plain_text,
     )

@@ -20,6 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--pooling", default="mean", help="classifier features: mean, cls, head or probabilities (%(default)s)")
     add("--threshold", type=float, default=0.1, help="upper bound of a pair's similarity, exclusive (%(default)s)")
     add("--negatives", default="lowest", help="rejected replies of a row: lowest, all or their number N (%(default)s)")
+    add("--fitting_only", action="store_true", help="leave out true replies that miss the emotion of the sentence")
     add("--near_duplicate", type=float, default=0.9, help="overlap at which replies are duplicates (%(default)s)")
     add("--emotions", nargs="+", help="emotions to generate replies for, out of the seven (all)")
     add("--history", choices=("memory", "text", "none"), help="history in the prompt (memory; text for --generator)")

@@ -111,6 +111,28 @@ def select_all(candidates: Sequence[dict], pooling: str, threshold: float, limit
     return [index for similarity, index in sorted(kept) if similarity < threshold][:limit]
 
 
+def misfit_reason(emotion: str | None, candidates: Sequence[dict], pooling: str) -> str | None:
+    """
+    Why the true reply does not fit the emotion of the sentence, or None if it does: it fits if no candidate is more
+    similar to it than the candidate that was written for this emotion.
+
+    Args:
+        emotion: emotion of the sentence, or None.
+        candidates: candidates with `emotion` and `similarities` (pooling -> cosine with the true reply, or None).
+        pooling: the pooling whose similarities are compared.
+    """
+    found = {c["emotion"]: c["similarities"][pooling] for c in candidates if c["similarities"][pooling] is not None}
+    if emotion not in found:
+        return f"no candidate tells whether the true reply fits: the emotion of the sentence is {emotion}"
+    nearest = max(found, key=lambda name: (found[name], name == emotion))
+    if nearest == emotion:
+        return None
+    return (
+        f"the true reply does not fit {emotion}: it is more similar to the candidate for {nearest} "
+        f"({found[nearest]:.3f}) than to the candidate for {emotion} ({found[emotion]:.3f})"
+    )
+
+
 def sample_name(sample: dict) -> str:
     """The name of a sample in the report: corpus/split/dialogue/turn, with the turn of the reply."""
     return "/".join(str(sample[key]) for key in ("corpus", "split", "dialogue_id", "turn"))

@@ -207,6 +207,28 @@ def test_pairs_by_a_worked_example(tmp_path):
     assert counts["warnings"] == [] and counts["left_out"] == []
 
 
+def test_true_replies_that_miss_the_emotion_can_be_left_out(tmp_path):
+    """The reply to a happy sentence resembles the fearful candidate more, or the happy candidate most."""
+    cosines, samples = Cosines("i am fine", **COSINES), [sample_of("hello there", "i am fine")]
+    generator = Scripted(SCRIPT)
+    default, rows = run(samples, generator, cosines, tmp_path)
+    assert len(rows["train"]) == 1 and "fitting_only" not in default["settings"]
+    report, rows = run(samples, generator, cosines, tmp_path, fitting_only=True)
+    (left_out,) = report["splits"]["train"]["left_out"]
+    assert not rows and left_out["reason"] == (
+        "the true reply does not fit happy: it is more similar to the candidate for fearful (1.000) than to the "
+        "candidate for happy (0.900)"
+    )
+    cosines.cosines["thanks"] = 1.0
+    report, rows = run(samples, generator, cosines, tmp_path / "fits", fitting_only=True)
+    assert rows["train"][0]["rejected_emotion"] == "sad" and report["settings"]["fitting_only"] is True
+    assert "fit the emotion of the sentence" in (tmp_path / "fits" / "README.md").read_text()
+    assert generator.written == 2 * len(EMOTIONS)  # the first folder's candidates were reused
+    unlabeled = [{**samples[0], "emotion": None}]
+    report, rows = run(unlabeled, generator, cosines, tmp_path / "unlabeled", fitting_only=True)
+    assert "the emotion of the sentence is None" in report["splits"]["train"]["left_out"][0]["reason"]
+
+
 def test_rows_keep_several_negatives_from_the_same_candidates(tmp_path):
     """`rejected` stays the lowest; the column has the others below the threshold; the default has no such column."""
     cosines = Cosines("i am fine", **{**COSINES, "hello": 0.0})
