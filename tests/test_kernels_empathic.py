@@ -10,10 +10,13 @@ import types
 
 import pytest
 import torch
+from transformers.integrations import hub_kernels
 
 from empathic import kernels_empathic
 from empathic.kernels_empathic import CONVOLUTION, EXACT, SCAN, SSD, kernel_source, without_kernels
 from empathic.memory_empathic import MambaCompressor
+from empathic.modeling_empathic import EmpathicForConditionalGeneration
+from empathic.trainers.packing.shared_prefix import PairLayout, enable_pair_layouts, why_not_packed
 
 sys.path.append(os.path.dirname(__file__))
 from test_memory_empathic import (
@@ -318,3 +321,87 @@ def test_inference_mode_can_come_first(hub):
     with torch.inference_mode():
         model(ids)
     assert kernel_source(SCAN, torch.device("cpu")) == HUB
+
+
+# -------------------------------------------------------------------------------------------------- attention kernels
+
+ATTENTION = '''
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+calls = []
+
+
+def attend(q, k, v, scale, causal):
+    """(length, heads, width); a causal mask is aligned at the end of the keys."""
+    k, v = (states.repeat_interleave(q.shape[1] // states.shape[1], 1) for states in (k, v))
+    mask = torch.ones(len(q), len(k), dtype=torch.bool)
+    mask = mask.tril(len(k) - len(q)) if causal else mask
+    out = scaled_dot_product_attention(*(states.transpose(0, 1) for states in (q, k, v)), attn_mask=mask, scale=scale)
+    return out.transpose(0, 1)
+
+
+def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+                    deterministic=False):
+    calls.append("flash_attn_func")
+    return torch.stack([attend(*row, softmax_scale, causal) for row in zip(q, k, v)])
+
+
+def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+                           softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, deterministic=False):
+    calls.append("flash_attn_varlen_func")
+    queries, keys = (bounds.tolist() for bounds in (cu_seqlens_q, cu_seqlens_k))
+    return torch.cat([
+        attend(q[a:b], k[c:d], v[c:d], softmax_scale, causal)
+        for a, b, c, d in zip(queries, queries[1:], keys, keys[1:])
+    ])
+'''
+
+
+def test_attention_can_be_a_kernel_of_the_hub(hub, tmp_path_factory, base_folder, model, processor, clip, monkeypatch):
+    """transformers decides by version whether it uses the package `kernels`; its checks are answered with yes here, and
+    everything else is its own code."""
+    kernels = sys.modules["kernels"]
+    folder = tmp_path_factory.mktemp("attention")
+    variant = folder / "build" / "torch-cpu"
+    variant.mkdir(parents=True)
+    name = f"stand_in_{folder.name}".replace("-", "_")
+    metadata = {"id": name, "name": "flash-attn2", "version": 3, "license": "BSD-3-Clause", "python-depends": []}
+    (variant / "metadata.json").write_text(json.dumps({**metadata, "backend": {"type": "cpu"}}))
+    (variant / "__init__.py").write_text(ATTENTION)
+    monkeypatch.setenv("LOCAL_KERNELS", f"kernels-community/flash-attn2={folder}")
+    monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda *args, **kw: True)
+    monkeypatch.setattr(
+        hub_kernels, "get_kernel", lambda id, version=None, **kw: kernels.get_kernel(id, version=version)
+    )
+
+    implementation = "kernels-community/flash-attn2"
+    loaded = EmpathicForConditionalGeneration.from_pretrained(base_folder, attn_implementation=implementation)
+    body = loaded.model
+    for part in (body.language_model, body.vision_tower, body.audio_tower):
+        assert part.config._attn_implementation == implementation
+    for part in (body.video_qformer, body.audio_qformer):
+        assert part.config._attn_implementation == "sdpa"
+    calls = kernels.get_kernel(implementation, version=3).calls
+    turn = [{"type": kind, "path": clip} for kind in ("audio", "video")] + [{"type": "text", "text": "hello there"}]
+    conversations = [
+        [{"role": "user", "content": "hello"}, {"role": "user", "content": turn}],
+        [{"role": "user", "content": "hi"}],
+    ]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "padding": True}
+    batch = processor.apply_chat_template(conversations, add_generation_prompt=True, **options)
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        found, wanted = loaded(**batch).logits, model(**batch).logits
+    assert calls
+    assert torch.allclose(found[real], wanted[real], atol=2e-5)
+
+    enable_pair_layouts()
+    assert why_not_packed(body.language_model) is None
+    inputs = {"input_ids": torch.arange(4, 14)[None], "position_ids": torch.arange(10)[None]}
+    layout = PairLayout([(0, 4, 7, 10)])
+    calls.clear()
+    with torch.no_grad():
+        body.language_model(**inputs, pair_layout=layout, use_cache=False)
+    assert layout.attended == loaded.config.text_config.num_hidden_layers
+    assert layout.obstacle is None and not calls
