@@ -196,7 +196,8 @@ def varlen(settings: Settings) -> dict:
     layout = PairLayout(spans)
     kernel = varlen_attention.kernel_for(query)
     wanted, found = both(layout.plain), both(layout.attend)
-    differences = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted, strict=True)]
+    pairs_of_results = ((a.detach(), b.detach()) for a, b in zip(found, wanted, strict=True))
+    differences = [float((a - b).abs().max() / b.abs().max()) for a, b in pairs_of_results]
     used = kernel is not None and varlen_attention._is_right is not False
     names = ("output", "gradient of the queries", "gradient of the keys", "gradient of the values")
     problems = [
