@@ -116,7 +116,7 @@ ARGS ?=
 test-gpu:
 	mkdir -p $(GPU_OUTPUT)/path
 	ln -sfn "$(CURDIR)" $(GPU_OUTPUT)/path/empathic
-	PYTHONPATH="$(abspath $(GPU_OUTPUT))/path:$(WHEELS):$$PYTHONPATH" \
+	PYTHONPATH="$(abspath $(GPU_OUTPUT))/path$(if $(WHEELS),:$(abspath $(WHEELS))/site-packages):$$PYTHONPATH" \
 		$(GPU_PYTHON) -m empathic.benchmarks.gpu_check --output $(GPU_OUTPUT) $(ARGS)
 
 $(VENV)-dist/.installed:
