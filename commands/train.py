@@ -10,6 +10,7 @@ from . import add_command
 # Options that name what a stage reads, all of which must be on the Hub for a job; and files that a job does not have.
 DATA, MODELS = "dataset_name", ("model_name_or_path", "text", "vision", "audio", "memory")
 FILES = ("chat_template", "feature_cache")
+PACKAGE = Path(__file__).parents[1]
 
 
 def run(arguments, rest: list[str]) -> int:
@@ -38,7 +39,8 @@ def run_job(arguments, rest: list[str]) -> int:
     Raises:
         JobError: if the stage reads local files, or its result would be lost, or the Hub rejects the job.
     """
-    from ..hub.jobs import JobError, is_hub_id, submit_training
+    from ..hub.jobs import JobError, submit_training
+    from ..hub.model_card import hub_id
 
     recipe = Path(packaged(arguments.config)).read_text(encoding="utf-8")
     options = named_options(recipe, rest)
@@ -46,7 +48,7 @@ def run_job(arguments, rest: list[str]) -> int:
     data = [data] if isinstance(data, str) else data
     models = [options[name] for name in MODELS if options.get(name) is not None]
     for name in (*data, *models):
-        if not is_hub_id(name):
+        if hub_id(name) is None:
             raise JobError(
                 f"{name}: a job reads its data and its model from the Hub. Push it with `empathic push` and give its "
                 f"id: `--{DATA} ID`, `--model_name_or_path ID`."
@@ -58,11 +60,7 @@ def run_job(arguments, rest: list[str]) -> int:
         raise JobError("hub_model_id is missing: a job's disk is deleted at its end. Give --hub_model_id OWNER/NAME.")
     launcher = arguments.accelerate_config
     if launcher is not None:
-        if (
-            Path(launcher).exists()
-            and packaged(launcher) == launcher
-            and not launcher.startswith("accelerate_configs/")
-        ):
+        if not launcher.startswith("accelerate_configs/") or not (PACKAGE / launcher).is_file():
             raise JobError(f"{launcher}: a job has only the files of this package. Use one of accelerate_configs/.")
         rest = ["--accelerate_config", launcher, *rest]
     job = submit_training(

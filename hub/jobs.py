@@ -1,9 +1,7 @@
 """Train on the Hub's machines: a stage as a job of the Hub, its data and its results there."""
 
-import os
 import shlex
 from importlib.metadata import version
-from urllib.parse import quote
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
@@ -24,19 +22,8 @@ def default_package() -> str:
 
 def job_command(package: str, options: list[str]) -> list[str]:
     """Return the job's command: write the recipe to a file, install the package, and train."""
-    training = [
-        "uv",
-        "run",
-        "--no-project",
-        "--with",
-        package,
-        "empathic",
-        "train",
-        "--config",
-        "recipe.yaml",
-        *options,
-    ]
-    return ["bash", "-c", f'printf "%s" "${RECIPE}" > recipe.yaml && exec {shlex.join(training)}']
+    training = ["uv", "run", "--no-project", "--with", package, "empathic", "train", "--config", "recipe.yaml"]
+    return ["bash", "-c", f'printf "%s" "${RECIPE}" > recipe.yaml && exec {shlex.join([*training, *options])}']
 
 
 def submit_training(
@@ -100,11 +87,4 @@ def submit_training(
     except (HTTPError, OSError) as error:
         raise JobError(f"The Hub cannot be reached ({str(error) or type(error).__name__}). Try again.") from error
     except ValueError as error:
-        raise JobError(
-            f"The job cannot be started on {quote(flavor)!r} with the time limit {timeout!r}: {error}"
-        ) from error
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a data set or a model is named by an id of the Hub: not by a local folder."""
-    return not name.startswith((".", "/", "~")) and name.count("/") <= 1 and not os.path.exists(name)
+        raise JobError(f"The job cannot be started on {flavor!r} with the time limit {timeout!r}: {error}") from error
