@@ -10,7 +10,7 @@ MINORS := 5.17 5.18 5.19 5.20 5.21 5.22 5.23 5.24
 VERSIONS ?= .versions
 CHECKPOINT ?=
 
-.PHONY: help install lint test test-distributed test-slow test-oldest test-newest test-versions quickstart docs docs-serve clean
+.PHONY: help install lint test test-distributed test-slow test-oldest test-newest test-versions quickstart docs docs-serve dist test-wheel test-gpu clean
 
 help:
 	@echo "make quickstart   train and evaluate the tiny preset, all five stages (about 10 minutes on 2 cores)"
@@ -23,6 +23,9 @@ help:
 	@echo "make lint         ruff, and pyright within the error budget of pyproject.toml"
 	@echo "make docs         build the documentation site into site/, in a separate environment"
 	@echo "make docs-serve   serve the documentation site at http://127.0.0.1:8000, rebuilt on each change"
+	@echo "make test-gpu     check and measure on one GPU (10 minutes at most; GPU_PYTHON=python3, ARGS=--dry_run)"
+	@echo "make dist         build the wheel and the source distribution into dist/, and check them"
+	@echo "make test-wheel   install the wheel of dist/ into a fresh environment and try it"
 	@echo "make install      only set up $(VENV)"
 
 # torch first: pip keeps an installed version instead of choosing another build.
@@ -102,6 +105,38 @@ docs: $(VENV)-docs/.installed
 
 docs-serve: $(VENV)-docs/.installed
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs serve
+
+# With the Python of a GPU image and no network: the image has torch, transformers and accelerate, and the folder WHEELS
+# has what docs/gpu-check.md lists. No environment is set up; the link makes the repository importable as `empathic`.
+GPU_PYTHON ?= python3
+GPU_OUTPUT ?= runs/gpu_check
+WHEELS ?=
+ARGS ?=
+
+test-gpu:
+	mkdir -p $(GPU_OUTPUT)/path
+	ln -sfn "$(CURDIR)" $(GPU_OUTPUT)/path/empathic
+	PYTHONPATH="$(abspath $(GPU_OUTPUT))/path$(if $(WHEELS),:$(abspath $(WHEELS))/site-packages):$$PYTHONPATH" \
+		$(GPU_PYTHON) -m empathic.benchmarks.gpu_check --output $(GPU_OUTPUT) $(ARGS)
+
+$(VENV)-dist/.installed:
+	$(PYTHON) -m venv $(VENV)-dist
+	$(VENV)-dist/bin/python -m pip install --quiet --upgrade pip build twine
+	touch $@
+
+dist: $(VENV)-dist/.installed
+	rm -rf build dist *.egg-info
+	$(VENV)-dist/bin/python -m build
+	$(VENV)-dist/bin/python -m twine check --strict dist/*
+
+# Away from the repository, so that nothing of it is found.
+test-wheel: dist
+	rm -rf $(VENV)-wheel
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-wheel/bin/python -m pip install --quiet "$(TORCH)"
+	$(VENV)-wheel/bin/python -m pip install --quiet "$$(ls dist/*.whl)[train]"
+	cd / && "$(abspath $(VENV))-wheel/bin/python" "$(CURDIR)/.ci/try_installed.py"
 
 clean:
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from importlib.metadata import version
 
 from .commands import (
     chat,
@@ -29,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(prog="empathic", description="An audio-visual chatbot that hears how it is said.")
     parser.add_argument(OPTION, action="store_true", help="show the traceback of an error; for every command")
+    parser.add_argument("--version", action="version", version=f"empathic {version('empathic')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (
         quickstart,

@@ -201,11 +201,12 @@ class EmpathicConfig(PreTrainedConfig):
     def attn_implementation_by_part(value: str | dict | None) -> dict | None:
         """
         Choose the attention implementation of each part: BLIP-2's Q-former does not support flash attention and uses
-        sdpa instead, and Mamba has no attention. A `dict` by part is returned unchanged.
+        sdpa instead, and Mamba has no attention. A kernel of the Hub (`owner/name`) counts as flash attention. A `dict`
+        by part is returned unchanged.
         """
         if not isinstance(value, str):
             return value
-        qformer = "sdpa" if "flash" in value else value
+        qformer = "sdpa" if "flash" in value or "/" in value else value
         return {
             "": value,
             "text_config": value,

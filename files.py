@@ -58,6 +58,10 @@ def write_json(path: str | os.PathLike, content, **options) -> None:
 # ------------------------------------------------------------------------------------------------------------ folders
 
 
+# Folders of the package whose files are named by their path in it.
+PACKAGED_FOLDERS = (("recipes",), ("accelerate_configs",))
+
+
 class FolderInUseError(OSError):
     """Another program is writing to the folder; the message says which."""
 
@@ -177,3 +181,14 @@ def clean_path(text: str) -> str:
         plain = re.sub(r"\\(.)", r"\1", path)
         path = plain if os.path.exists(plain) else path
     return path
+
+
+def packaged(path: str) -> str:
+    """
+    Return the path of a file that comes with this package, such as `recipes/tiny/epo.yaml` or
+    `accelerate_configs/zero3.yaml`, if it is not a file here: an installed package has no copy in the current folder.
+    """
+    if os.path.exists(path) or Path(path).parts[:1] not in PACKAGED_FOLDERS:
+        return path
+    own = Path(__file__).parent / path
+    return str(own) if own.is_file() else path

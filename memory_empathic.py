@@ -21,10 +21,10 @@ from transformers import initialization as init
 from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
-from transformers.utils.import_utils import is_causal_conv1d_available, is_mamba_2_ssm_available, is_mamba_ssm_available
 
 from .compat_empathic import MAMBA_CACHE
-from .scan_empathic import selective_scan, ssd_scan, wide
+from .kernels_empathic import convolution_kernel, run_selective_scan, run_ssd_scan
+from .scan_empathic import wide
 
 # ---------------------------------------------------------------------------------------- state, and the exact mixers
 
@@ -94,10 +94,12 @@ class _Pass:
         self.conv_ends: list[torch.Tensor | None] = [None] * layers
         self.ssm_ends: list[torch.Tensor | None] = [None] * layers
 
-    def convolve(self, x: torch.Tensor, conv: nn.Conv1d, layer: int) -> torch.Tensor:
-        """Run the causal depthwise convolution over x (batch, length, channels), continuing from the state's inputs if
-        there is a state. It is a sum of shifted products in float32: faster than conv1d on a CPU, and without
-        transposes. A convolution that is more than its weight, such as one with an adapter, is called instead."""
+    def convolve(self, x: torch.Tensor, mixer: nn.Module) -> torch.Tensor:
+        """Run a mixer's causal depthwise convolution and its activation over x (batch, length, channels), continuing
+        from the state's inputs if there is a state. Without a kernel it is a sum of shifted products in float32: faster
+        than conv1d on a CPU, and without transposes. A convolution that is more than its weight, such as one with an
+        adapter, is called instead. The result has the dtype of x."""
+        conv, layer = mixer.conv1d, mixer.layer_idx
         taps = conv.weight.shape[-1]
         length = x.shape[1]
         if self.start is None:
@@ -111,40 +113,28 @@ class _Pass:
                 end = extended.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
             self.conv_ends[layer] = end
         if not _is_plain(conv, nn.Conv1d):
-            return conv(extended.transpose(1, 2))[..., taps - 1 : taps - 1 + length].transpose(1, 2)
+            out = conv(extended.transpose(1, 2))[..., taps - 1 : taps - 1 + length].transpose(1, 2)
+            return mixer.act(out).to(x.dtype)
+        kernel = convolution_kernel(x, conv, mixer.activation)
+        if kernel is not None:
+            return kernel(x) if self.start is None else kernel(extended)[:, taps - 1 :]
         extended, weight = wide(extended), wide(conv.weight[:, 0].t())
         out = extended[:, :length] * weight[0]
         if conv.bias is not None:
             out = out + wide(conv.bias)
         for tap in range(1, taps):
             out = out.addcmul(extended[:, tap : tap + length], weight[tap])
-        return out
+        return mixer.act(out).to(x.dtype)
 
     def stop_at_padding(self, delta: torch.Tensor) -> torch.Tensor:
         """Set the time steps delta (batch, length, ...) of padding to 0, so that padding does not change the state."""
         return delta if self.real is None else delta.masked_fill(~self.real[..., None], 0)
-
-    def suits_kernels(self, hidden_states: torch.Tensor, mixer: nn.Module) -> bool:
-        """Whether transformers' forward can run this pass with mamba-ssm's kernels, which take no initial state and
-        read the weights of the mixer's layers, so that an adapter on a layer would have no effect."""
-        plain = self.start is None and hidden_states.dtype != torch.float64
-        plain = plain and all(_is_plain(layer, nn.Conv1d, nn.Linear, _TimeStep) for layer in _weight_layers(mixer))
-        return plain and _on_gpu(hidden_states) and is_causal_conv1d_available()
-
-
-def _on_gpu(tensor: torch.Tensor) -> bool:
-    return tensor.is_cuda
 
 
 def _is_plain(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether a layer computes what one of these classes computes from its weight: it has no adapter and is not
     quantized. (accelerate's hooks replace the `forward` of an instance and do not change the result.)"""
     return type(layer).forward in [kind.forward for kind in kinds]
-
-
-def _weight_layers(mixer: nn.Module) -> list[nn.Module]:
-    """The layers of a mixer that have a matrix."""
-    return [layer for name, layer in mixer.named_children() if name == "conv1d" or name.endswith("_proj")]
 
 
 class _TimeStep(nn.Linear):
@@ -165,19 +155,17 @@ class MambaMixer(modeling_mamba.MambaMixer):
         carried = kwargs.get(MAMBA_CACHE)
         if not isinstance(carried, _Pass):
             return super().forward(hidden_states, *args, **kwargs)
-        if is_mamba_ssm_available() and carried.suits_kernels(hidden_states, self):
-            return super().forward(hidden_states, attention_mask=carried.real)
         return self._scan(hidden_states, carried)
 
     @force_accelerate_hooks("conv1d")
     def _scan(self, hidden_states: torch.Tensor, carried: _Pass) -> torch.Tensor:
         x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
-        x = self.act(carried.convolve(x, self.conv1d, self.layer_idx)).to(x.dtype)
+        x = carried.convolve(x, self)
         time_step, B, C = self.x_proj(x).split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1)
         delta = F.softplus(wide(self.dt_proj(time_step)))
         start = None if carried.start is None else carried.start.ssm[self.layer_idx]
         A = -torch.exp(wide(self.A_log))
-        y, end = selective_scan(x, carried.stop_at_padding(delta), A, B, C, start)
+        y, end = run_selective_scan(x, carried.stop_at_padding(delta), A, B, C, start)
         if start is not None:
             carried.ssm_ends[self.layer_idx] = end
         y = (y + x * wide(self.D)) * F.silu(gate)
@@ -191,8 +179,6 @@ class Mamba2Mixer(modeling_mamba2.Mamba2Mixer):
         carried = kwargs.get(MAMBA_CACHE)
         if not isinstance(carried, _Pass):
             return super().forward(hidden_states, *args, **kwargs)
-        if is_mamba_2_ssm_available() and carried.suits_kernels(hidden_states, self):
-            return super().forward(hidden_states, attention_mask=carried.real)
         return self._scan(hidden_states, carried)
 
     @force_accelerate_hooks("conv1d")
@@ -200,7 +186,7 @@ class Mamba2Mixer(modeling_mamba2.Mamba2Mixer):
         batch, length, _ = hidden_states.shape
         projected = self.in_proj(hidden_states)
         gate, x, raw_delta = projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
-        x = self.act(carried.convolve(x, self.conv1d, self.layer_idx)).to(x.dtype)
+        x = carried.convolve(x, self)
         group_width = self.n_groups * self.ssm_state_size
         x, B, C = x.split([self.intermediate_size, group_width, group_width], dim=-1)
         x = x.reshape(batch, length, self.num_heads, self.head_dim)
@@ -209,7 +195,7 @@ class Mamba2Mixer(modeling_mamba2.Mamba2Mixer):
         delta = carried.stop_at_padding(delta)  # after the clamp, whose lower limit may be above 0
         start = None if carried.start is None else carried.start.ssm[self.layer_idx]
         A = -torch.exp(wide(self.A_log))
-        y, end = ssd_scan(x, delta, A, B, C, start, chunk_size=min(self.chunk_size, 64))
+        y, end = run_ssd_scan(x, delta, A, B, C, start, chunk_size=self.chunk_size)
         if start is not None:
             carried.ssm_ends[self.layer_idx] = end
         y = self.norm((y + x * wide(self.D)[:, None]).flatten(2), gate)

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
+from .files import packaged
+
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 # A launcher passes on a signal that a terminal also sends to each process. Within this time both count as one.
 SAME_SIGNAL_SECONDS = 1.0
@@ -179,7 +181,7 @@ def launch(module: str, arguments: list[str], config: str | None = None, cpu_pro
     Args:
         module: the module to run, as after `python -m`.
         arguments: its command line.
-        config: a configuration file of `accelerate`.
+        config: a configuration file of `accelerate`, of the user or among `accelerate_configs/` of this package.
         cpu_processes: the number of processes on the CPU, without a configuration file. The module must know that it is
             to use the CPU.
     """
@@ -191,7 +193,7 @@ def launch(module: str, arguments: list[str], config: str | None = None, cpu_pro
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    how = [] if config is None else ["--config_file", config]
+    how = [] if config is None else ["--config_file", packaged(config)]
     if cpu_processes is not None:  # `--cpu` would start one process
         how += ["--multi_gpu", "--num_processes", str(cpu_processes), "--num_machines", "1"]
         how += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]

@@ -24,8 +24,9 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _autocast_off(tensor: torch.Tensor) -> torch.autocast:
-    return torch.autocast(device_type=tensor.device.type, enabled=False)
+def autocast_off(device: torch.device) -> torch.autocast:
+    """Return a context without autocast on a device."""
+    return torch.autocast(device_type=device.type, enabled=False)
 
 
 # ------------------------------------------------------------------------------------------ Mamba-1's selective scan
@@ -69,7 +70,7 @@ class _SelectiveScan(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, grad_final):
         u, delta, A, B, C, starts = ctx.saved_tensors
-        with _autocast_off(u):
+        with autocast_off(u.device):
             return _scan_backward(u, delta, A, B, C, starts, ctx.steps, ctx.rows, grad_y, grad_final)
 
 
@@ -184,7 +185,7 @@ def selective_scan(u, delta, A, B, C, initial_state=None, chunk_size=None) -> tu
     steps = chunk_size or min(_MAX_BLOCK_STEPS, max(_MIN_BLOCK_STEPS, budget // max(1, batch * state * inner)))
     steps = max(1, min(steps, length))
     rows = max(1, min(batch, budget // (steps * state * inner)))
-    with _autocast_off(u):
+    with autocast_off(u.device):
         return _SelectiveScan.apply(u, delta, A, B, C, initial_state, steps, rows)
 
 
@@ -207,7 +208,7 @@ def ssd_scan(u, delta, A, B, C, initial_state=None, chunk_size=64) -> tuple[torc
         y (batch, length, heads, head_dim) and the final state (batch, heads, head_dim, state), in float32 (float64 if
         u is float64).
     """
-    with _autocast_off(u):
+    with autocast_off(u.device):
         u, delta, A, B, C = (wide(tensor) for tensor in (u, delta, A, B, C))
         batch, length, heads, head_dim = u.shape
         groups, state = B.shape[2:]

@@ -17,7 +17,6 @@ import gradio as gr
 from starlette.middleware import Middleware
 from transformers.utils import logging
 
-from ..emotions import name_emotion
 from ..hosts import host_names
 from ..media_empathic import MediaError
 from .examples import Example
@@ -493,10 +492,9 @@ class Page:
         """
         try:
             self.limits.check_text(text or "")
-            first = self.chatbot.checkpoints[0]
             clips = self._read(voice, clip)
             with self.model:
-                found = name_emotion(first.model, first.processor, text or "", clips)
+                found = self.chatbot.emotions(text or "", clips)
             if found is None:
                 raise ConversationError("Give a voice or a clip: this model cannot name the emotion without them.")
         except REFUSALS as error:

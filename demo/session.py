@@ -330,6 +330,10 @@ class Chatbot:
         finally:
             kept.lock.release()
 
+    def emotions(self, text: str, clips: dict[str, dict]) -> dict[str, float] | None:
+        """Return the probability of each emotion of a turn; None if the model has no input to name it from."""
+        return name_emotion(self.checkpoints[0].model, self.checkpoints[0].processor, text, clips)
+
     def _visitor(self, key: str) -> Visitor:
         with self._lock:
             visitor = self._visitors.setdefault(key, Visitor())
@@ -344,7 +348,7 @@ class Chatbot:
         yield turn
         first = self.checkpoints[0]
         started = time.perf_counter()
-        emotions = name_emotion(first.model, first.processor, text, clips)
+        emotions = Chatbot.emotions(self, text, clips)
         turn = replace(turn, emotions=emotions, emotion_seconds=time.perf_counter() - started)
         yield turn
 

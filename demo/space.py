@@ -24,14 +24,16 @@ NOT_NEEDED = ("space.py",)
 
 APP = '''"""The page of the Space, written by `empathic push-space`."""
 
+from empathic.demo.zero_gpu import chatbot_class  # first, because ZeroGPU's package must be imported before torch
+
 from empathic.demo.app import Page
-from empathic.demo.session import Chatbot, NamedModel
+from empathic.demo.session import NamedModel
 from empathic.demo.uploads import Limits
 
 MODEL = {model!r}
 COMPARE = {compare!r}
 
-chatbot = Chatbot(
+chatbot = chatbot_class()(
     NamedModel.from_pretrained(MODEL),
     None if COMPARE is None else NamedModel.from_pretrained(COMPARE),
     max_new_tokens={max_new_tokens},
@@ -49,7 +51,7 @@ colorFrom: yellow
 colorTo: red
 sdk: gradio
 sdk_version: {gradio}
-python_version: "3.11"
+python_version: "3.12"
 app_file: app.py
 license: apache-2.0
 models:
@@ -69,6 +71,8 @@ earlier utterance takes only one memory vector in the prompt.
 Clips are limited in size ({megabytes:g} MB) and length ({seconds:g} s), decoded in a separate process, and deleted
 right after. A conversation is kept during the visit and half an hour longer, separate from other visitors'
 conversations.
+
+It runs on a CPU, a GPU or ZeroGPU: choose the hardware in the Space's settings.
 
 If a model of this Space is private, add a token with read access as the secret `HF_TOKEN` in the Space's settings.
 

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from huggingface_hub import DatasetCard, EvalResult, ModelCardData
@@ -116,8 +117,27 @@ def new_run(script, args, model_args, start: str | dict, num_trained: int) -> di
         "settings": settings,
         "steps": 0,
         "metrics": {},
-        "versions": {"transformers": transformers_version, "peft": peft_version, "torch": str(torch_version)},
+        "versions": {
+            "empathic": own_version(),
+            "transformers": transformers_version,
+            "peft": peft_version,
+            "torch": str(torch_version),
+        },
     }
+
+
+def own_version() -> str:
+    """The version of this package; "unknown" for a copy that was not installed."""
+    try:
+        return version("empathic")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def version_text(runs: list[dict]) -> str:
+    """The versions of the packages that the last run used; those of the present ones if there is no run."""
+    found = runs[-1]["versions"] if runs else {"empathic": own_version(), "transformers": transformers_version}
+    return ", ".join(f"{name} {number}" for name, number in found.items())
 
 
 def quality(metrics: dict) -> dict[str, float]:
@@ -197,7 +217,7 @@ def model_card(
     parts = next((run["parts"] for run in runs if run["parts"]), {})
     bases = [name for name in (base, *(run["start"] for run in reversed(runs)), *parts.values()) if name]
     ids = [data["id"] for run in runs for data in run["data"] if data["id"]]
-    evaluations = _evaluations(runs, results)
+    found = evaluations(runs, results)
     data = ModelCardData(
         language="en",
         license="other",
@@ -209,13 +229,14 @@ def model_card(
         base_model_relation=None if not bases else "adapter" if kind == "adapter" else "finetune",
         datasets=sorted(set(ids)) or None,
         model_name="empathic" if model_id == HERE else model_id.rpartition("/")[2],
-        eval_results=evaluations or None,
+        eval_results=found or None,
     )
-    text = f"---\n{data.to_yaml().rstrip()}\n---\n\n{_text(runs, model_id, kind, base, parts, evaluations)}"
+    text = f"---\n{data.to_yaml().rstrip()}\n---\n\n{_text(runs, model_id, kind, base, parts, found)}"
     return f"{text}{MARK.format(digest=_digest(text))}\n"
 
 
-def _evaluations(runs: list[dict], results: dict | None) -> list[EvalResult]:
+def evaluations(runs: list[dict], results: dict | None) -> list[EvalResult]:
+    """Return the metrics of the runs, and the results of the held-out evaluation."""
     found = []
 
     def add(data: list[dict], split: str, kind: str, name: str, value: float) -> None:
@@ -278,7 +299,7 @@ def _text(runs: list[dict], model_id: str, kind: str, base: str | None, parts: d
         "utterance, and answers in text. Q-formers read the outputs of CLIP and Whisper, a Mamba model compresses the "
         f"history, and a causal language model writes the reply. {whole}",
         f"An open implementation of the paper *{TITLE}* (Kim, Park, Ro; KAIST), with the `empathic` package. It is not "
-        "the code or model of the authors.",
+        f"the code or model of the authors. This card was written by version {own_version()} of the package.",
         "## Use",
         _snippet(model_id),
         "Leave out `audio`, `video` or both if you have none. Earlier messages in the list are the history. The "
@@ -364,8 +385,7 @@ def _training(runs: list[dict], parts: dict) -> str:
     for run in runs:
         settings = ", ".join(f"`{name}` {value}" for name, value in run["settings"].items())
         details.append(f"- `{run['stage']}`: {STAGE_TEXTS[run['stage']]}. `seed` {run['seed']}, {settings}.")
-    versions = ", ".join(f"{name} {number}" for name, number in runs[-1]["versions"].items())
-    return "\n\n".join([*lines, "\n".join(details), f"Last stage with {versions}."])
+    return "\n\n".join([*lines, "\n".join(details), f"Last stage with {version_text(runs)}."])
 
 
 def _terms(runs: list[dict], parts: dict) -> str:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from importlib.metadata import requires
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, get_token, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -16,6 +16,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 from ..composition_empathic import ADAPTER_CONFIG, PART_NAMES, PARTS_FILE, STAGE_FILE, resolve_base
 from ..processing_empathic import TASKS
 from .client import CARD, Patterns, PushError, push_files, read_json, select_files
+from .eval_results import EVAL_RESULTS, eval_results
 from .kinds import WEIGHTS, WEIGHTS_INDEX, kind_of
 from .model_card import EMPTY_CARD, RUNS_FILE, folder_card, is_ours
 
@@ -42,6 +43,7 @@ OF_THE_RUN = ("trainer_state.json", "checkpoint_complete.json", "*_results.json"
 MODEL_STALE: Patterns = {
     "": ("*.safetensors", WEIGHTS_INDEX, STAGE_FILE, RUNS_FILE, ADAPTER_CONFIG, "*_empathic.py", "chat_template.jinja"),
     "additional_chat_templates": ("*.jinja",),
+    str(PurePosixPath(EVAL_RESULTS).parent): (PurePosixPath(EVAL_RESULTS).name,),
 }
 HANDLER = Path(__file__).parents[1] / "serve" / "handler.py"
 # Checkpoint files that are not pushed: a pickle that may contain the token, and a card that the parent folder has too.
@@ -96,6 +98,7 @@ def push_model(
     ]
     names = [*_check_complete(folder, kind), *_code_files(folder), *others]
     files: dict[str, Path | bytes] = {name: folder / name for name in names}
+    files |= eval_results(folder)
     if kind == "stage":
         files |= _with_base(folder, base)
     if handler:

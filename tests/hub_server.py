@@ -30,6 +30,7 @@ TYPES = {"": "model", "datasets/": "dataset", "spaces/": "space"}
 # The Hub keeps these, and whatever is large or not text, outside git.
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".parquet", ".arrow", ".mp4", ".wav", ".npy", ".zip", ".gz")
 LFS_SIZE = 10_000_000
+FLAVORS = ("cpu-basic", "a10g-small", "a100-large")
 REPO_ID = r"[\w.-]+/[\w.-]+"
 
 
@@ -120,6 +121,7 @@ class HubServer:
         repositories: by (type, id).
         objects: the LFS objects that were uploaded, by their SHA-256.
         requests: "METHOD /path" of all that came, in order.
+        jobs: what each job that was started is to run, by its id.
     """
 
     def __init__(self, tokens: dict[str, str] | None = None):
@@ -127,6 +129,7 @@ class HubServer:
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.jobs: dict[str, dict] = {}
         self.lock = threading.RLock()
         self.stalled = threading.Event()
         self.heal()
@@ -369,6 +372,8 @@ class Handler(BaseHTTPRequestHandler):
             return 200, self.of_repository(repository, action, revision, rest, body), {}
         if path == "/api/whoami-v2":
             return 200, {"type": "user", "name": self.writer(), "auth": {"type": "access_token"}, "orgs": []}, {}
+        if match := re.fullmatch(r"/api/jobs/([\w-]+)", path):
+            return 200, self.start_job(match[1], json.loads(body)), {}
         if path == "/api/validate-yaml":
             answer = check_card(json.loads(body)["content"])
             return 400 if answer["errors"] else 200, answer, {}
@@ -379,6 +384,17 @@ class Handler(BaseHTTPRequestHandler):
             repository = self.hub.create(self.writer(), asked["name"], asked.get("organization"), kind, private)
             return 200, {"url": self.hub.address(kind, repository.id), "name": repository.id}, {}
         raise HubError(404, "", f"Nothing at {path}")
+
+    def start_job(self, namespace: str, asked: dict) -> dict:
+        if self.writer() != namespace:
+            raise HubError(403, "", f"You may not start jobs in the namespace {namespace}")
+        if asked["flavor"] not in FLAVORS:
+            raise HubError(400, "", f"Invalid flavor: {asked['flavor']}")
+        id = f"{len(self.hub.jobs) + 1:024x}"
+        self.hub.jobs[id] = asked
+        shown = {key: value for key, value in asked.items() if key not in ("secrets", "timeoutSeconds")}
+        owner = {"id": "1", "name": namespace, "type": "user"}
+        return {"id": id, "createdAt": DATE, "status": {"stage": "SCHEDULING"}, "owner": owner, **shown}
 
     def lfs(self, asked: dict, path: str, action: str) -> tuple[int, bytes | dict, dict[str, str]]:
         if action == "verify":

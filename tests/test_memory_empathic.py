@@ -333,28 +333,6 @@ def test_state_moves_between_dtypes_in_place():
     assert (state.batch_size, state.device) == (2, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_kernels_are_left_where_a_state_is_carried(kind, monkeypatch):
-    """mamba-ssm's kernels take and return no state: a stream never uses them, a plain pass in half or single precision
-    does."""
-    model = compressor(kind)
-    name = "is_mamba_ssm_available" if kind == "mamba" else "is_mamba_2_ssm_available"
-    mixer, taken = type(model.mamba.layers[0].mixer).__base__, []
-    monkeypatch.setattr(memory_empathic, name, lambda: True)
-    monkeypatch.setattr(memory_empathic, "is_causal_conv1d_available", lambda: True)
-    monkeypatch.setattr(memory_empathic, "_on_gpu", lambda tensor: True)
-    own = mixer.forward
-    monkeypatch.setattr(mixer, "forward", lambda *args, **kw: taken.append(kw.get(MAMBA_CACHE)) or own(*args, **kw))
-    ids = conversation(1, 30)
-    vectors = model(ids)
-    assert taken == [None] * 3
-    state = model.new_state()
-    streamed = torch.cat([model.append(state, ids[:, :11]), model.append(state, ids[:, 11:])])
-    model.double()(ids)
-    assert len(taken) == 3
-    assert torch.allclose(streamed, vectors, atol=1e-4)
-
-
 def with_adapter(kind, layer):
     """A compressor, and the same one with a random adapter on a layer of its mixers."""
     plain = compressor(kind)
@@ -384,23 +362,6 @@ def test_an_adapter_on_the_convolution_acts_and_learns_in_a_pass_and_in_a_stream
     without = adapted(ids, mask)
     assert not torch.allclose(vectors, without, atol=1e-3)
     assert torch.allclose(without, plain(ids, mask), atol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer")
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layer", ["conv1d", "out_proj", "dt_proj", None])
-def test_kernels_which_read_weights_are_left_where_a_layer_has_an_adapter(kind, layer, monkeypatch):
-    if kind == "mamba2" and layer == "dt_proj":
-        pytest.skip("Mamba-2 has no dt_proj")
-    model = compressor(kind) if layer is None else with_adapter(kind, layer)[1]
-    name = "is_mamba_ssm_available" if kind == "mamba" else "is_mamba_2_ssm_available"
-    mixer, taken = type(model.mamba.layers[0].mixer).__base__, []
-    monkeypatch.setattr(memory_empathic, name, lambda: True)
-    monkeypatch.setattr(memory_empathic, "is_causal_conv1d_available", lambda: True)
-    monkeypatch.setattr(memory_empathic, "_on_gpu", lambda tensor: True)
-    monkeypatch.setattr(mixer, "forward", lambda self, hidden, **kw: taken.append(1) or hidden)
-    model(conversation(1, 30))
-    assert bool(taken) == (layer is None)
 
 
 # ---------------------------------------------------------------------------------------------------- the whole module

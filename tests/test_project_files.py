@@ -13,6 +13,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
+RELEASE = ROOT / ".github" / "workflows" / "release.yml"
 BUG_REPORT = ROOT / ".github" / "ISSUE_TEMPLATE" / "bug_report.yml"
 YAML_FILES = sorted([*(ROOT / ".github").rglob("*.yml"), ROOT / ".pre-commit-config.yaml", ROOT / "CITATION.cff"])
 
@@ -110,6 +111,25 @@ def test_the_workflow_can_only_read_and_pins_its_actions():
         assert "permissions" not in job
         actions = [step["uses"] for step in job["steps"] if "uses" in step]
         assert actions and all(re.fullmatch(r"actions/[\w-]+@[0-9a-f]{40}", action) for action in actions)
+
+
+def test_the_release_workflow_tries_the_package_before_it_may_publish_it():
+    workflow = load(RELEASE)
+    tried, published = workflow["jobs"]["wheel"], workflow["jobs"]["publish"]
+    assert workflow["permissions"] == {"contents": "read"} and "permissions" not in tried
+    assert published["needs"] == "wheel" and published["if"] == "startsWith(github.ref, 'refs/tags/v')"
+    assert published["permissions"] == {"contents": "write", "id-token": "write"}  # of a trusted publisher: no token
+    assert "secrets." not in RELEASE.read_text(encoding="utf-8")
+    for job in (tried, published):
+        actions = [step["uses"] for step in job["steps"] if "uses" in step]
+        assert actions and all(re.fullmatch(r"actions/[\w-]+@[0-9a-f]{40}", action) for action in actions)
+    commands = [step["run"] for job in (tried, published) for step in job["steps"] if "run" in step]
+    targets = {command.removeprefix("make ") for command in commands if command.startswith("make ")}
+    assert targets == {"test-wheel", "dist"} <= make_targets()
+    scripts = {word for command in commands for word in command.split() if word.endswith(".py")}
+    assert scripts and all((ROOT / script).is_file() for script in scripts)
+    pattern = workflow[True]["pull_request"]["paths"]  # YAML reads the key `on` as true
+    assert all((ROOT / path).is_file() for path in pattern)
 
 
 def test_the_command_of_the_bug_report_prints_versions():

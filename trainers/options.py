@@ -9,7 +9,7 @@ from pathlib import Path
 import transformers
 from trl import ModelConfig, TrlParser
 
-from ..files import clean_path
+from ..files import clean_path, packaged
 from .compat import TrainingArguments
 
 # Every option of `TrainingArguments` that a trainer uses, or that asks for what it does anyway. An option that is
@@ -175,6 +175,12 @@ class OptionParser(TrlParser):
         for action in self._actions:
             if action.dest in PATH_OPTIONS:
                 action.type = clean_path  # also converts a string from the YAML file
+
+    def parse_args_and_config(self, args: Sequence[str], **kwargs):
+        """As in TRL. The file after `--config` may also be one of this package, such as `recipes/tiny/epo.yaml`."""
+        places = [place + 1 for place, word in enumerate(args[:-1]) if word == "--config"]
+        args = [packaged(word) if place in places else word for place, word in enumerate(args)]
+        return super().parse_args_and_config(args=args, **kwargs)
 
     def set_defaults_with_config(self, **config) -> list[str]:
         """As in TRL. Raises a ValueError that names the option if a value is not of its type."""

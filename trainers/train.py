@@ -36,7 +36,7 @@ from ..configuration_empathic import AUDIO_WINDOWS
 from ..data_prep.loading import PAIR_COLUMNS, TURN_COLUMNS, load_prepared, negatives_limit
 from ..data_prep.views import Conversations, DialogueSamples, EmotionClips, Utterances, check_splits
 from ..errors import run_program
-from ..files import held_folder
+from ..files import held_folder, packaged
 from ..hub.model_card import new_run, read_record
 from ..modeling_empathic import EmpathicForConditionalGeneration
 from ..processes import leave, stop_requests
@@ -201,7 +201,7 @@ def parse(argv: list[str], *more: type) -> tuple:
     """
     stage = argv[argv.index("--stage") + 1] if "--stage" in argv[:-1] else None
     if stage is None and "--config" in argv[:-1]:
-        with open(argv[argv.index("--config") + 1], encoding="utf-8") as file:
+        with open(packaged(argv[argv.index("--config") + 1]), encoding="utf-8") as file:
             stage = (yaml.safe_load(file) or {}).get("stage")
     config = EPOConfig if stage == "epo" else StageConfig
     processes = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1

@@ -23,7 +23,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..losses import IGNORE_INDEX
 from .varlen_attention import PackedLayout
 
-# In a packed row, all of these use torch's scaled_dot_product_attention, which also has flash kernels.
+# In a packed row, all of these use torch's scaled_dot_product_attention, which also has flash kernels, and so do the
+# attention kernels of the Hub, which are named `owner/name`.
 IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flash_attention_3")
 # Arguments that change a layer's attention in ways that packed rows do not support.
 _UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias", "cache")
@@ -129,7 +130,7 @@ def enable_pair_layouts() -> None:
     The change is permanent, because a checkpointed layer attends again in the backward. Calls without a layout are
     unaffected.
     """
-    for name in IMPLEMENTATIONS:
+    for name in (*IMPLEMENTATIONS, *(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "/" in name)):
         function = ALL_ATTENTION_FUNCTIONS[name]
         if not isinstance(function, _PairAttention):
             ALL_ATTENTION_FUNCTIONS[name] = _PairAttention(function)
@@ -145,9 +146,10 @@ def why_not_packed(decoder: nn.Module) -> str | None:
         decoder: the language model without its head.
     """
     config, name = decoder.config, type(decoder).__name__
-    if config._attn_implementation not in IMPLEMENTATIONS:
+    if config._attn_implementation not in IMPLEMENTATIONS and "/" not in config._attn_implementation:
         return (
-            f"its attention is {config._attn_implementation!r}, but packing needs one of {', '.join(IMPLEMENTATIONS)}"
+            f"its attention is {config._attn_implementation!r}, but packing needs one of {', '.join(IMPLEMENTATIONS)}, "
+            "or a kernel of the Hub"
         )
     if not decoder._supports_attention_backend:
         return f"{name} does not pass its arguments on to transformers' attention functions"
