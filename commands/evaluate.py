@@ -1,9 +1,20 @@
 """`empathic evaluate`: reproduce the paper's tables, with one subcommand per table."""
 
 from ..benchmarks.efficiency_options import add_options, positive
-from ..evaluation.reply_options import add_dialogue_options, add_emotion_options, as_arguments
+from ..evaluation.reply_options import (
+    add_contrast_options,
+    add_dialogue_options,
+    add_emotion_options,
+    as_arguments,
+)
 from ..processes import launch
 from . import add_command
+
+SYSTEM = (
+    "NAME=KIND:TARGET[,option=value...]; kinds: empathic:PATH_OR_ID with the options history (memory, text, none) and "
+    "media (true, false), chat:ID, audio:ID, video:ID, openai:MODEL@BASE_URL; options of every kind: batch_size, "
+    "max_new_tokens, temperature, top_p, dtype, repetition_penalty, no_repeat_ngram_size"
+)
 
 
 def reconstruction(arguments) -> int:
@@ -75,6 +86,13 @@ def emotion(arguments) -> int:
     return of_replies("emotion", arguments, add_emotion_options, "model", lambda: run(arguments))
 
 
+def contrast(arguments) -> int:
+    """Compare the replies to the same words with clips of different emotions."""
+    from ..evaluation.contrast.table import run
+
+    return of_replies("contrast", arguments, add_contrast_options, "systems", lambda: run(arguments))
+
+
 def add_dialogue(commands) -> None:
     """Add the subcommand."""
     sub = add_command(
@@ -85,13 +103,22 @@ def add_dialogue(commands) -> None:
         "empathic evaluate dialogue ours=empathic:runs/quickstart/epo base=empathic:runs/quickstart/dialogue "
         "--data runs/quickstart/data",
     )
-    sub.add_argument(
-        "systems", nargs="+", metavar="SYSTEM",
-        help="NAME=KIND:TARGET[,option=value...]; kinds: empathic:PATH_OR_ID with the options history (memory, "
-        "text, none) and media (true, false), chat:ID, audio:ID, video:ID, openai:MODEL@BASE_URL; options of every "
-        "kind: batch_size, max_new_tokens, temperature, top_p, dtype, repetition_penalty, no_repeat_ngram_size",
-    )  # fmt: skip
+    sub.add_argument("systems", nargs="+", metavar="SYSTEM", help=SYSTEM)
     add_dialogue_options(sub)
+
+
+def add_contrast(commands) -> None:
+    """Add the subcommand."""
+    sub = add_command(
+        commands,
+        "contrast",
+        contrast,
+        "give the same words with clips of different emotions: does the reply follow the voice and the face?",
+        "empathic evaluate contrast ours=empathic:runs/quickstart/epo deaf=empathic:runs/quickstart/epo,media=false "
+        "--data runs/quickstart/contrast_data --classifier runs/quickstart/parts/emotion_classifier",
+    )
+    sub.add_argument("systems", nargs="+", metavar="SYSTEM", help=SYSTEM)
+    add_contrast_options(sub)
 
 
 def add_ablation(commands) -> None:
@@ -198,5 +225,13 @@ def add(commands) -> None:
         "empathic evaluate efficiency --preset tiny --paper",
     )
     tables = sub.add_subparsers(dest="table", required=True, metavar="TABLE")
-    for add_one in (add_dialogue, add_ablation, add_emotion, add_reconstruction, add_efficiency, add_report):
+    for add_one in (
+        add_dialogue,
+        add_ablation,
+        add_contrast,
+        add_emotion,
+        add_reconstruction,
+        add_efficiency,
+        add_report,
+    ):
         add_one(tables)

@@ -145,7 +145,7 @@ def evaluate_systems(
     baseline = names[0] if baseline is None else baseline
     if baseline not in names:
         raise ValueError(f"The baseline {baseline!r} is not one of the systems {', '.join(names)}.")
-    folders = _folders(data, Path(output))
+    folders = data_folders(data, Path(output))
     samples = {name: dialogue_samples_of(name, split, reply_speakers, max_samples) for name in data}
     files: dict[str, dict[str, Path]] = {name: {} for name in data}
     systems = {name: open_system(spec, **common) for name, spec in zip(names, specs, strict=True)}
@@ -220,7 +220,7 @@ def dialogue_samples_of(
     return samples
 
 
-def _folders(data: Sequence[str], output: Path) -> dict[str, Path]:
+def data_folders(data: Sequence[str], output: Path) -> dict[str, Path]:
     """The output folder of each data set: OUT itself if there is only one data set."""
     if len(data) == 1:
         return {data[0]: output}

@@ -1,9 +1,11 @@
-"""The options of `empathic evaluate dialogue`, `ablation` and `emotion`."""
+"""The options of `empathic evaluate dialogue`, `ablation`, `contrast` and `emotion`."""
 
 import argparse
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CLIPS = 200  # number of samples whose clips are saved
+CLASSIFIER = "SamLowe/roberta-base-go_emotions"
+CONDITIONS = ("full", "absent", "audio", "video", "silence", "gray", "blank")
 METRICS = ("bertscore", "emotion_score", "dist1", "corpus_dist1", "bleu1", "bleu4")
 
 
@@ -24,7 +26,7 @@ def positive(text: str) -> int:
 
 
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that all three commands share."""
+    """Add the options that all four commands share."""
     add = parser.add_argument
     add("--split", default="test", help="split of DATA that was not trained on (%(default)s)")
     add("--max_samples", type=positive, metavar="N", help="use only the first N samples")
@@ -48,17 +50,61 @@ def add_dialogue_options(parser: argparse.ArgumentParser) -> None:
         "--metrics", nargs="+", choices=METRICS, default=list(METRICS[:4]), metavar="METRIC",
         help=f"any of {', '.join(METRICS)} (all but BLEU)",
     )  # fmt: skip
-    add("--classifier", default="SamLowe/roberta-base-go_emotions", help="classifier of EmotionScore (%(default)s)")
+    add("--classifier", default=CLASSIFIER, help="classifier of EmotionScore (%(default)s)")
     add("--pooling", default="mean", help="pooling of EmotionScore: mean, cls, head or probabilities (%(default)s)")
     add("--bertscore_model", default="roberta-large", metavar="ID", help="model, Hub id or folder (%(default)s)")
     add("--bertscore_layer", type=int, metavar="N", help="layer of that model; needed if it is a folder")
-    add("--max_new_tokens", type=positive, default=64, metavar="N", help="maximum length of a reply (%(default)s)")
-    add("--temperature", type=float, help="sampling temperature (greedy decoding)")
-    add("--top_p", type=float, help="nucleus sampling with this probability; needs a temperature")
+    _add_decoding_options(add)
     add(
         "--clips", type=not_negative, default=CLIPS, metavar="N",
         help="if the data set stores clips as bytes (`prepare --embed`), save the clips of N samples next to the "
         "replies, for the report and studies (%(default)s)",
+    )  # fmt: skip
+    add_generation_options(parser)
+
+
+def _add_decoding_options(add) -> None:
+    add("--max_new_tokens", type=positive, default=64, metavar="N", help="maximum length of a reply (%(default)s)")
+    add("--temperature", type=float, help="sampling temperature (greedy decoding)")
+    add("--top_p", type=float, help="nucleus sampling with this probability; needs a temperature")
+
+
+def add_contrast_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `contrast`."""
+    add = parser.add_argument
+    add("--data", nargs="+", required=True, metavar="DATA", help="prepared data sets, folders or Hub ids")
+    add("--output", default="runs/evaluation", metavar="FOLDER", help="output folder (%(default)s)")
+    add("--reply_speakers", nargs="+", metavar="NAME", help="speakers whose replies are predicted (all)")
+    add("--baseline", metavar="NAME", help="system that the others are compared with (the first)")
+    add(
+        "--pairs", choices=("auto", "same", "swap"), default="auto",
+        help="same: clips of the same words with different emotions, as in RAVDESS; swap: the clip of a turn is "
+        "replaced by other clips of its speaker; auto: same where the data set has such clips",
+    )  # fmt: skip
+    add("--swaps", type=positive, default=2, metavar="N", help="swap: other clips of an utterance (%(default)s)")
+    add(
+        "--max_utterances", type=not_negative, default=100, metavar="N",
+        help="maximum number of utterances of a data set, 0 for all (%(default)s)",
+    )  # fmt: skip
+    add(
+        "--conditions", nargs="+", choices=CONDITIONS, default=list(CONDITIONS), metavar="CONDITION",
+        help="what the systems get of a clip: full, absent (no clip), audio or video (one of the two), silence or gray "
+        "(a blank sound or picture beside the other), blank (both); default: all that differ",
+    )  # fmt: skip
+    add(
+        "--likelihood", choices=("auto", "reference", "probes", "none"), default="auto",
+        help="replies whose likelihood under the right and the wrong clip is compared: reference, the true replies; "
+        "probes, the replies in the table of appropriateness; auto: the true replies if there are any",
+    )  # fmt: skip
+    add("--classifier", default=CLASSIFIER, help="emotion classifier of the replies (%(default)s)")
+    add("--appropriateness", metavar="FILE", help="JSON table of what fits which emotion (a default, see the docs)")
+    add(
+        "--cluster", choices=("utterance", "speaker"), default="utterance", help="what the intervals draw (%(default)s)"
+    )
+    _add_decoding_options(add)
+    add(
+        "--clips", type=not_negative, default=CLIPS, metavar="N",
+        help="if the data set stores clips as bytes, save the clips of N utterances for the report (%(default)s)",
     )  # fmt: skip
     add_generation_options(parser)
 
