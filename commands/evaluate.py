@@ -5,6 +5,7 @@ from ..evaluation.reply_options import (
     add_contrast_options,
     add_dialogue_options,
     add_emotion_options,
+    add_judge_options,
     as_arguments,
 )
 from ..processes import launch
@@ -93,6 +94,13 @@ def contrast(arguments) -> int:
     return of_replies("contrast", arguments, add_contrast_options, "systems", lambda: run(arguments))
 
 
+def judge(arguments) -> int:
+    """Judge saved replies by a rubric."""
+    from ..evaluation.judge.table import run
+
+    return run(arguments)
+
+
 def add_dialogue(commands) -> None:
     """Add the subcommand."""
     sub = add_command(
@@ -137,6 +145,27 @@ def add_ablation(commands) -> None:
         "and epo, each with the inputs of its recipe; base=KIND:TARGET: the model before fine-tuning",
     )  # fmt: skip
     add_dialogue_options(sub)
+
+
+def add_judge(commands) -> None:
+    """Add the subcommand."""
+    sub = add_command(
+        commands,
+        "judge",
+        judge,
+        "let a model that hears or sees the clip judge saved replies by a rubric",
+        "empathic evaluate judge openai:gpt-audio,media=audio,price_in=2.5,price_out=10 "
+        "runs/tables/dialogue/ours.jsonl runs/tables/dialogue/base.jsonl --study study",
+    )
+    sub.add_argument(
+        "judge", metavar="JUDGE",
+        help="openai:MODEL@BASE_URL[,option=value...]: an OpenAI-compatible endpoint; media=audio, frames or both "
+        "gives it the clip; further options as of the systems of `dialogue`",
+    )  # fmt: skip
+    sub.add_argument(
+        "replies", nargs="+", metavar="REPLIES", help="files of saved replies to the same prompts, FILE or NAME=FILE"
+    )
+    add_judge_options(sub)
 
 
 def add_emotion(commands) -> None:
@@ -229,6 +258,7 @@ def add(commands) -> None:
         add_dialogue,
         add_ablation,
         add_contrast,
+        add_judge,
         add_emotion,
         add_reconstruction,
         add_efficiency,

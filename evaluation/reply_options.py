@@ -109,6 +109,25 @@ def add_contrast_options(parser: argparse.ArgumentParser) -> None:
     add_generation_options(parser)
 
 
+def add_judge_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `judge`."""
+    add = parser.add_argument
+    add("--output", default="runs/evaluation", metavar="FOLDER", help="output folder (%(default)s)")
+    add("--study", metavar="STUDY", help="study with people's ratings of the same replies, to compare the judge with")
+    add("--baseline", metavar="NAME", help="system that the others are compared with (the first)")
+    add("--reference", action="store_true", help="also judge the true replies")
+    add(
+        "--max_conversations", type=not_negative, default=50, metavar="N",
+        help="maximum number of conversations, each judged twice; 0 for all (%(default)s)",
+    )  # fmt: skip
+    add("--attempts", type=positive, default=2, metavar="N", help="answers asked for if one is malformed (%(default)s)")
+    add("--max_new_tokens", type=positive, default=800, metavar="N", help="maximum length of an answer (%(default)s)")
+    add("--batch_size", type=positive, default=16, metavar="N", help="answers are saved after each N (%(default)s)")
+    add("--seed", type=int, default=0, help="seed of the requests and of the intervals (%(default)s)")
+    add("--confidence", type=float, default=0.95, help="confidence level of the intervals (%(default)s)")
+    add("--resamples", type=int, default=10000, metavar="N", help="draws for the intervals and tests (%(default)s)")
+
+
 def add_emotion_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `emotion` (Fig. 6)."""
     parser.add_argument(

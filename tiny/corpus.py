@@ -28,7 +28,7 @@ SECONDS = 0.96
 
 
 # Utterances of the contrast corpus, each with a clip of every emotion.
-NUM_CONTRASTS = 36
+NUM_CONTRASTS = 16
 
 
 def _clip_rng(utterance_id, seed):

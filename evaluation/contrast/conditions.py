@@ -25,9 +25,9 @@ CONDITIONS = {
     "absent": (NOTHING, NOTHING, "no clip"),
     "audio": (OWN, NOTHING, "sound only"),
     "video": (NOTHING, OWN, "picture only"),
-    "silence": (BLANK, OWN, "silence in place of the sound"),
-    "gray": (OWN, BLANK, "gray frames in place of the picture"),
-    "blank": (BLANK, BLANK, "silence and gray frames"),
+    "silence": (BLANK, OWN, "silence + picture"),
+    "gray": (OWN, BLANK, "sound + gray"),
+    "blank": (BLANK, BLANK, "silence + gray"),
 }
 FULL = "full"
 RATE = 16000  # hertz

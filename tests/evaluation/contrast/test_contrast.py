@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 from datasets import load_dataset
 
+from empathic import quickstart
 from empathic.cli import main
 from empathic.data_prep.corpora.folder import prepare_folder
 from empathic.evaluation.contrast.appropriateness import GO_EMOTIONS_FITS, PROBES, read_appropriateness
@@ -20,6 +21,7 @@ from empathic.evaluation.contrast.table import ContrastOptions, evaluate_contras
 from empathic.evaluation.contrast.utterances import ContrastClip, ContrastPrompts, ContrastUtterance, find_utterances
 from empathic.evaluation.replies import read_replies
 from empathic.evaluation.reply_options import CONDITIONS as OFFERED
+from empathic.evaluation.report.build import write_report
 from empathic.evaluation.statistics_of_replies import Draws
 from empathic.media_empathic import load_audio, load_video
 from empathic.tiny.corpus import contrast_rows, write_contrast_corpus
@@ -394,6 +396,49 @@ def test_every_number_follows_from_what_is_saved(evaluated):
             assert found["movement"]["mean"] == pytest.approx(np.mean(movement), abs=1e-9)
             assert found["likelihood"]["mean"] == pytest.approx(np.mean(likelihood), abs=1e-9)
     assert all(clip["media"]["video"]["path"] for line in lines for clip in line["clips"])
+
+
+def test_the_report_plays_both_clips_side_by_side(evaluated):
+    out, _ = evaluated
+    text = write_report([out], samples=3).read_text()
+    assert text.count('<div class="sides">') == 3 and text.count('<div class="side">') == 6
+    assert text.count("data:video/mp4") == 6 and "Contrast, clips side by side: data" in text
+    assert "<td" in text and "movement towards the clip" in text and "default table: the reply shares" in text
+    report = (out / "report.md").read_text()
+    assert "| chance | 0.000 | – | 0.000 | 0.500 | 0.000 | 0.500 |" in report and "bootstrap over utterances" in report
+    for title in (
+        "Do two systems differ?",
+        "Parts of the clip",
+        "Does the rest of the clip matter?",
+        "Which reply fits",
+    ):
+        assert title in report
+
+
+def test_an_example_without_its_file_says_so(evaluated, tmp_path):
+    out, _ = evaluated
+    (tmp_path / "contrast.json").write_text((out / "contrast.json").read_text())
+    assert "Examples: " in write_report([tmp_path]).read_text()
+
+
+def test_quickstart_compares_its_models(base_folder, classifier, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        quickstart, "write_contrast_corpus", lambda to: write_contrast_corpus(to, num=2, progress=False)
+    )
+    assert quickstart.write_contrasts(tmp_path) == 28
+    for arm in quickstart.CONTRAST_ARMS:
+        (tmp_path / quickstart.folder_of(arm)).symlink_to(base_folder)
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "emotion_classifier").symlink_to(classifier)
+    monkeypatch.setattr(quickstart, "CONTRAST_CONDITIONS", ("full",))
+    monkeypatch.setattr(quickstart, "ContrastOptions", lambda **given: ContrastOptions(**given, resamples=50))
+    found = quickstart.evaluate_contrasts(tmp_path)
+    assert list(found["arms"]) == list(quickstart.CONTRAST_ARMS)
+    assert [found["arms"]["text"][name]["mean"] for name in quickstart.CONTRAST_METRICS] == [0, 0, 0.5, 0]
+    # The same model twice: no difference.
+    assert {row["difference"] for row in found["epo_control"].values()} == {0}
+    shown = quickstart.contrast_table(found)
+    assert "EPO - control" in shown and "+0.000 [+0.000, +0.000]" in shown
 
 
 def test_another_run_makes_no_reply_and_says_the_same(evaluated, capsys, monkeypatch):
