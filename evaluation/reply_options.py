@@ -6,7 +6,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 CLIPS = 200  # number of samples whose clips are saved
 CLASSIFIER = "SamLowe/roberta-base-go_emotions"
 CONDITIONS = ("full", "absent", "audio", "video", "silence", "gray", "blank")
-METRICS = ("bertscore", "emotion_score", "dist1", "corpus_dist1", "bleu1", "bleu4")
+METRICS = ("bertscore", "emotion_score", "reply_emotion", "dist1", "corpus_dist1", "bleu1", "bleu4")
 
 
 def not_negative(text: str) -> int:
@@ -47,11 +47,16 @@ def add_dialogue_options(parser: argparse.ArgumentParser) -> None:
     add("--reply_speakers", nargs="+", metavar="NAME", help="speakers whose replies are predicted (all)")
     add("--baseline", metavar="NAME", help="system that the others are compared with (the first)")
     add(
-        "--metrics", nargs="+", choices=METRICS, default=list(METRICS[:4]), metavar="METRIC",
+        "--metrics", nargs="+", choices=METRICS, default=list(METRICS[:5]), metavar="METRIC",
         help=f"any of {', '.join(METRICS)} (all but BLEU)",
     )  # fmt: skip
     add("--classifier", default=CLASSIFIER, help="classifier of EmotionScore (%(default)s)")
     add("--pooling", default="mean", help="pooling of EmotionScore: mean, cls, head or probabilities (%(default)s)")
+    add(
+        "--references", metavar="FILE",
+        help='further acceptable replies for EmotionScore, JSONL with {"id", "references": [...]}; the ids are those '
+        "of the saved replies",
+    )  # fmt: skip
     add("--bertscore_model", default="roberta-large", metavar="ID", help="model, Hub id or folder (%(default)s)")
     add("--bertscore_layer", type=int, metavar="N", help="layer of that model; needed if it is a folder")
     _add_decoding_options(add)

@@ -73,7 +73,8 @@ class Asked:
         if row.get("finish_reason") == "failed":
             self.outcome, self.problem = "failed", row.get("note", "")
             return
-        if row.get("finish_reason") == "content_filter" or (not row["reply"] and "gave no text" in row.get("note", "")):
+        reason, note = row.get("finish_reason"), row.get("note", "")
+        if reason == "content_filter" or (not row["reply"] and "gave no text" in note and reason != "length"):
             self.outcome, self.problem = "refused", row.get("note", "")
             return
         try:
@@ -81,7 +82,8 @@ class Asked:
         except RefusedAnswer as error:
             self.outcome, self.problem = "refused", str(error)
         except MalformedAnswer as error:
-            self.outcome, self.problem = "malformed", str(error)
+            cut = " (it was cut off: raise --max_new_tokens)" if reason == "length" else ""
+            self.outcome, self.problem = "malformed", f"{error}{cut}"
         else:
             self.outcome, self.problem = "valid", ""
             self.judgements = dict(zip(self.systems, found, strict=True))

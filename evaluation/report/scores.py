@@ -24,6 +24,7 @@ ROWS = {
 AXES = {
     "bertscore": "BERTScore\n(F1, 0 to 1)",
     "emotion_score": "EmotionScore\n(cosine, -1 to 1)",
+    "reply_emotion": "Response-emotion accuracy\n(share, 0 to 1)",
     "dist1": "Dist-1\n(share, 0 to 1)",
     "corpus_dist1": "Dist-1, corpus\n(share, 0 to 1)",
     "bleu1": "BLEU-1\n(0 to 1)",

@@ -257,6 +257,17 @@ def test_refusals_malformed_answers_and_failures_are_counted_and_left_out(judge,
     assert again["answers"]["failed"] == 0 and len(server.bodies) - before == answers["failed"]
 
 
+def test_an_answer_that_was_cut_off_is_malformed_and_says_what_to_do(judge, replies, tmp_path):
+    def act(body):
+        answer = said(None if "fine 0" in json.dumps(body) else '{"A": {"underst')
+        answer["choices"][0]["finish_reason"] = "length"
+        return 200, answer
+
+    results = run(judge(act), replies, tmp_path, JudgeOptions(attempts=1, resamples=50))
+    assert results["answers"]["malformed"] == 12 and results["answers"]["refused"] == 0
+    assert "cut off: raise --max_new_tokens" in results["answers"]["examples"]["malformed"]["problem"]
+
+
 def test_a_slow_judge_times_out_and_is_asked_again_later(judge, replies, tmp_path):
     def act(body):
         if asked(body)["conversation"][-1]["text"] == "fine 4":
