@@ -97,8 +97,9 @@ class _MeanMetric:
         return conversations and mean_interval(self.scores[name][self.there], conversations, sampling.many)
 
     def compare(self, a: str, b: str, sampling: _Sampling):
-        conversations, both = self._conversations(sampling), [self.scores[name][self.there] for name in (a, b)]
-        return conversations and compare_means(*both, conversations, sampling.many)
+        conversations = self._conversations(sampling)
+        one, other = self.scores[a][self.there], self.scores[b][self.there]
+        return conversations and compare_means(one, other, conversations, sampling.many)
 
 
 class _BleuMetric:

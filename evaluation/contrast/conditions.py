@@ -9,6 +9,7 @@ a clip.
 import wave
 from collections.abc import Iterable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
@@ -37,7 +38,7 @@ GRAY, FRAMES, FPS = 128, 8, 8
 
 def treatment(condition: str, kinds: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     """What a condition gives of each of `kinds`: ((kind, OWN or BLANK), ...), without the kinds that it leaves out."""
-    given = dict(zip(MEDIA_KINDS, CONDITIONS[condition][:2], strict=True))
+    given: dict[str, str] = dict(zip(MEDIA_KINDS, CONDITIONS[condition][:2], strict=True))
     return tuple((kind, given[kind]) for kind in kinds if given[kind] != NOTHING)
 
 
@@ -56,18 +57,15 @@ def blank_clip(item: dict, folder: Path) -> dict:
     """
     if item["type"] == "audio":
         seconds = STEP * max(1, -(-len(load_audio(item, RATE)) // round(STEP * RATE)))
-        path = folder / f"silence-{seconds:.2f}s.wav"
-        write = _write_silence
-        about = seconds
+        path, write = folder / f"silence-{seconds:.2f}s.wav", partial(_write_silence, seconds=seconds)
     else:
         height, width = load_video(item, 1).shape[1:3]
-        about = (max(2, width // 2 * 2), max(2, height // 2 * 2))
-        path = folder / f"gray-{about[0]}x{about[1]}.mp4"
-        write = _write_gray
+        size = (max(2, width // 2 * 2), max(2, height // 2 * 2))
+        path, write = folder / f"gray-{size[0]}x{size[1]}.mp4", partial(_write_gray, size=size)
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as partial:
-            write(partial, about)
+        with atomic_path(path) as unfinished:
+            write(unfinished)
     return {"type": item["type"], "path": str(path.resolve())}
 
 

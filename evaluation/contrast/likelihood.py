@@ -36,7 +36,8 @@ class ReplyScorer(PackedTrainer):
             output_dir=output_dir, report_to="none", disable_tqdm=True, use_cpu=device.type == "cpu"
         )
         super().__init__(model=model, args=arguments, processing_class=processor)
-        self.model.to(device)  # the trainer may have moved it to the first GPU
+        model.to(device)  # the trainer may have moved it to the first GPU
+        self._scored, self._processor = model.eval(), processor
 
     @torch.inference_mode()
     def scores(self, prepared: Sequence[dict], replies: Sequence[Sequence[str]]) -> list[list[tuple[float, int]]]:
@@ -47,7 +48,8 @@ class ReplyScorer(PackedTrainer):
             prepared: the output of `processor.prepare` for each prompt.
             replies: the replies to each prompt.
         """
-        processor, rows, groups = self.processing_class, [], []
+        model, processor = self._scored, self._processor
+        rows, groups = [], []
         for prompt, texts in zip(prepared, replies, strict=True):
             groups.append(list(range(len(rows), len(rows) + len(texts))))
             for text in texts:
@@ -59,10 +61,9 @@ class ReplyScorer(PackedTrainer):
             **processor.pad(rows, padding_side="right"),
             **{key: value for key, value in media.items() if key not in _TEXT},
         }
-        inputs = {key: value.to(self.model.device) for key, value in inputs.items()}
+        inputs = {key: value.to(model.device) for key, value in inputs.items()}
         inputs["groups"] = groups
-        self.model.eval()
-        logps, counts = self.log_probabilities(self.model, inputs)
+        logps, counts = self.log_probabilities(model, inputs)
         sums = [(part.sum().item(), len(part)) for part in logps.double().split(counts)]
         return [[sums[row] for row in group] for group in groups]
 

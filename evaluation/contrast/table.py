@@ -13,7 +13,7 @@ import argparse
 import gc
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -412,14 +412,14 @@ def show(results: dict) -> str:
     return "\n".join(lines)
 
 
-def pair_source(settings: dict) -> str:
+def pair_source(settings: Mapping) -> str:
     """How the clips of a pair belong together."""
     if settings["pairs"] == "same":
         return "the same words spoken with different emotions"
     return "clips swapped between turns of the same speaker"
 
 
-def warnings(results: dict) -> list[str]:
+def warnings(results: Mapping) -> list[str]:
     """What a reader of the table must know about empty replies and clips that could not be read."""
     lines = []
     for name, system in results["systems"].items():

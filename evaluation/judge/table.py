@@ -11,7 +11,7 @@ in NAME.again1.jsonl), and OUT/judge/NAME.scores.jsonl the scores and reasons. A
 import argparse
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -267,7 +267,7 @@ def _agreement(requests: Sequence[Asked], systems: Sequence[str], people, option
 # -------------------------------------------------------------------------------------------------------------- shown
 
 
-def agreement_lines(results: dict) -> list[str]:
+def agreement_lines(results: Mapping) -> list[str]:
     """How far the judge agrees with people, or that this is unknown."""
     found = results["agreement"]
     if found is None:
@@ -291,7 +291,7 @@ def _value(row: dict) -> str:
     return f"{row['value']:.2f}{ends}"
 
 
-def answer_lines(results: dict) -> list[str]:
+def answer_lines(results: Mapping) -> list[str]:
     """What became of the requests, what they cost, and whether the order of the replies matters."""
     answers, settings = results["answers"], results["settings"]
     counts = ", ".join(f"{answers[outcome]} {outcome}" for outcome in OUTCOMES)

@@ -373,7 +373,7 @@ def test_the_most_similar_of_several_references_counts(trained):
     alone = rows(["how lovely and great"] * 4, ["i am so sorry"] * 4)
     several = [{**row, "references": ["yuck it is gross", "how lovely and great"]} for row in alone]
     one, best = (score_replies({"a": those}, scoring, []) for those in (alone, several))
-    assert one["systems"]["a"]["metrics"]["emotion_score"]["mean"] < 0.7
+    assert one["systems"]["a"]["metrics"]["emotion_score"]["mean"] < 0.95
     assert best["systems"]["a"]["metrics"]["emotion_score"]["mean"] == pytest.approx(1, abs=1e-6)
     assert best["computed_by"]["emotion_score"].endswith("the most similar of up to 3 acceptable replies")
 
