@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -350,7 +351,7 @@ def evaluated(spoken, base_folder, classifier, tmp_path_factory):
     out = tmp_path_factory.mktemp("contrast")
     systems = [f"hears=empathic:{base_folder}", f"text=empathic:{base_folder},media=false"]
     line = ["evaluate", "contrast", *systems, "--data", spoken, f"--classifier={classifier}", f"--output={out}"]
-    line += ["--device=cpu", "--max_new_tokens=6", "--resamples=200", "--temperature=1.5", "--batch_size=5"]
+    line += ["--device=cpu", "--max_new_tokens=6", "--resamples=200", "--temperature=1.5", "--batch_size=28"]
     assert main(line) == 0
     return out, line
 
@@ -431,7 +432,9 @@ def test_quickstart_compares_its_models(base_folder, classifier, tmp_path, monke
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "emotion_classifier").symlink_to(classifier)
     monkeypatch.setattr(quickstart, "CONTRAST_CONDITIONS", ("full",))
+    monkeypatch.setattr(quickstart, "CONTRAST_ARMS", ("control", "epo", "text"))
     monkeypatch.setattr(quickstart, "ContrastOptions", lambda **given: ContrastOptions(**given, resamples=50))
+    monkeypatch.setattr(quickstart, "evaluate_contrast", partial(evaluate_contrast, max_new_tokens=3))
     found = quickstart.evaluate_contrasts(tmp_path)
     assert list(found["arms"]) == list(quickstart.CONTRAST_ARMS)
     assert [found["arms"]["text"][name]["mean"] for name in quickstart.CONTRAST_METRICS] == [0, 0, 0.5, 0]
@@ -503,7 +506,7 @@ def test_an_unreadable_clip_is_noted_and_the_others_count(spoken, base_folder, c
     broken.write_bytes(b"no clip" * 50)
     rows[0]["audio"] = rows[0]["video"] = {"path": str(broken), "bytes": None}
     Dataset.from_list(rows).to_parquet(tmp_path / "data" / "test.parquet")
-    options = ContrastOptions(classifier=classifier, resamples=50, conditions=("silence",))
+    options = ContrastOptions(classifier=classifier, resamples=50, conditions=("silence",), likelihood="none")
     results = evaluate_contrast(
         [f"a=empathic:{base_folder},max_new_tokens=3"], [str(tmp_path / "data")], tmp_path / "out", options,
         device="cpu", progress=False,
