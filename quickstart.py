@@ -27,6 +27,7 @@ from .data_prep.counter.generators import EmpathicGenerator
 from .data_prep.messages import message_text
 from .data_prep.views import DialogueSamples, conversations, utterances
 from .evaluation import emotion as figure_6
+from .evaluation.contrast.table import ContrastOptions, evaluate_contrast
 from .evaluation.emotion_features import EmotionFeatures
 from .evaluation.generation import generate_texts
 from .evaluation.metrics import emotion_score, word_recall
@@ -34,13 +35,13 @@ from .evaluation.quickstart_results import compare_seeds, seed_cells, write_scor
 from .evaluation.reconstruction import reconstruction_row
 from .evaluation.report.build import write_report
 from .evaluation.scores import Scoring
-from .evaluation.tables import reply_row, reward_row, table
+from .evaluation.tables import reply_row, reward_row, table, with_interval
 from .files import held_folder, write_json
 from .hub.model_card import read_record, write_card, write_record
 from .processes import end_with_launcher, launch
 from .processing_empathic import EmpathicProcessor
 from .sampling import Sampling
-from .tiny.corpus import write_corpus
+from .tiny.corpus import write_contrast_corpus, write_corpus
 from .tiny.dialogues import ASSISTANT, CONTENT_WORDS, emotion_sentences, make_dialogues, words_of
 from .tiny.emotion_classifier import train_emotion_classifier
 from .tiny.encoders import pretrain_encoders
@@ -102,6 +103,9 @@ POOLING, THRESHOLD = "probabilities", 0.1
 # Further conversations, without clips, for the memory stages.
 MORE_TEXT = {"train": 2700}
 TRAIN_PAIRS, TEST_PAIRS, TEST_SAMPLES, TEST_RUNS = 300, 140, 280, 100
+# The models that get the same words with clips of different emotions, and what they get of each clip.
+CONTRAST_ARMS, CONTRAST_CONDITIONS = ("control", "epo", "memory_av", "text"), ("full", "absent", "audio", "video")
+CONTRAST_METRICS = ("changed", "movement", "matched", "likelihood")
 
 STAND_INS = (
     "This preset is trained from scratch in minutes, with small stand-ins for the paper's parts",
@@ -181,6 +185,12 @@ def write_recordings(root: Path) -> int:
     """Write the corpus of clips and prepare it like a user's own recordings; return the number of turns."""
     write_corpus(root / "recordings")
     return prepare_folder(root / "recordings", root / "data", num_workers=2)["rows"]
+
+
+def write_contrasts(root: Path) -> int:
+    """Write sentences that are said with every emotion, and prepare them; return the number of turns."""
+    write_contrast_corpus(root / "contrast_recordings")
+    return prepare_folder(root / "contrast_recordings", root / "contrast_data")["rows"]
 
 
 def write_texts(root: Path) -> int:
@@ -327,6 +337,53 @@ def evaluate_emotion(root: Path) -> dict:
     return {name: found[setting]["metrics"]["accuracy"]["mean"] for name, setting in names.items()}
 
 
+def evaluate_contrasts(root: Path) -> dict:
+    """
+    Compare the replies to the same words with clips of different emotions; `evaluation/contrast.json` has more.
+
+    Returns:
+        `arms` {arm: {metric: `mean`, `low`, `high`}}, and `epo_control`: the differences of EPO and its control.
+    """
+    specs = [
+        f"{arm}=empathic:{root / folder_of(arm)},history={ARMS[arm][0]},media={str(ARMS[arm][1]).lower()}"
+        for arm in CONTRAST_ARMS
+    ]
+    options = ContrastOptions(
+        conditions=CONTRAST_CONDITIONS,
+        reply_speakers=[ASSISTANT],
+        classifier=str(root / "parts" / "emotion_classifier"),
+    )
+    data = str(root / "contrast_data")
+    found = evaluate_contrast(specs, [data], root / "evaluation", options, progress=False, device="cpu", batch_size=32)[
+        data
+    ]
+    arms = {name: system["conditions"]["full"] for name, system in found["systems"].items()}
+    return {
+        "arms": {
+            name: {metric: {end: row[metric][end] for end in ("mean", "low", "high")} for metric in CONTRAST_METRICS}
+            for name, row in arms.items()
+        },
+        "epo_control": {
+            row["metric"]: {name: row[name] for name in ("difference", "low", "high", "p")}
+            for row in found["comparisons"]
+            if row["a"] == "epo" and row["metric"] in CONTRAST_METRICS
+        },
+    }
+
+
+def contrast_table(contrast: dict) -> str:
+    """Format the results of `evaluate_contrasts`."""
+    header = ["model", "replies that change", "movement", "matched pairs", "likelihood contrast"]
+    rows = [
+        [ARM_TITLES[arm], *(with_interval(row[metric]) for metric in CONTRAST_METRICS)]
+        for arm, row in contrast["arms"].items()
+    ]
+    difference = [
+        f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]" for row in contrast["epo_control"].values()
+    ]
+    return table(header, [*rows, ["EPO - control", *difference], ["chance", "0.000", "0.000", "0.500", "0.000"]])
+
+
 def write_evaluation(root: Path, samples: list[dict], replies: dict[str, list[str]]) -> Path:
     """Score the models' replies with confidence intervals and write the report; return its path."""
     about = {
@@ -368,6 +425,8 @@ def report(results: dict, replies: dict[str, list[str]], samples: list[dict]) ->
         table(SEEDS_HEADER, [[title, *seed_cells(results["seeds"][name])] for name, title in SEEDS_METRICS.items()]),
         STAND_INS[0],
         table(["part", "here", "stands in for"], STAND_INS[1]),
+        "The same words with clips of different emotions (in brackets: 95% intervals over utterances)",
+        contrast_table(results["contrast"]),
         "Three held-out conversations",
     ]
     for number, sample in enumerate(samples):
@@ -395,7 +454,11 @@ def _quickstart(root: Path) -> dict:
     os.environ["OMP_NUM_THREADS"] = "1"  # for the second process
     steps = Steps(root)
     steps.run("corpus", write_recordings, root)
-    steps.together(("language model", write_language_model, root), ("encoders", write_encoders, root))
+    steps.together(
+        ("language model", write_language_model, root),
+        ("encoders", write_encoders, root),
+        ("contrast corpus", write_contrasts, root),
+    )
 
     steps.run("stage emotion", train_stage, root, "emotion", "emotion")
     steps.run("stage memory_single", train_stage_together, root, "memory_single", "memory_single", "emotion")
@@ -417,7 +480,10 @@ def _quickstart(root: Path) -> dict:
         for arm, seed in works
     ))  # fmt: skip
     works = [*((arm, 0) for arm in ARMS if arm not in SEEDS_ARMS), *works]
-    outcomes = steps.together(*((f"evaluate {folder_of(*work)}", evaluate_arm, root, *work) for work in works))
+    contrast, *outcomes = steps.together(
+        ("evaluate contrast", evaluate_contrasts, root),
+        *((f"evaluate {folder_of(*work)}", evaluate_arm, root, *work) for work in works),
+    )
     outcome_of = dict(zip(works, outcomes, strict=True))
     steps.run("model", merge, str(root / "epo"), str(root / "model"))
     emotion, rebuilt = steps.done["evaluate emotion"]["result"], steps.done["evaluate rebuilding"]["result"]
@@ -432,6 +498,7 @@ def _quickstart(root: Path) -> dict:
         "reconstruction": rebuilt,
         "dialogue": {arm: outcome["row"] for arm, outcome in arms.items()},
         "seeds": compare_seeds(epo, control, samples, words, features),
+        "contrast": contrast,
         "seconds": {name: step["seconds"] for name, step in steps.done.items()},
     }
     (root / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

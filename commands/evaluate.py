@@ -1,9 +1,21 @@
 """`empathic evaluate`: reproduce the paper's tables, with one subcommand per table."""
 
 from ..benchmarks.efficiency_options import add_options, positive
-from ..evaluation.reply_options import add_dialogue_options, add_emotion_options, as_arguments
+from ..evaluation.reply_options import (
+    add_contrast_options,
+    add_dialogue_options,
+    add_emotion_options,
+    add_judge_options,
+    as_arguments,
+)
 from ..processes import launch
 from . import add_command
+
+SYSTEM = (
+    "NAME=KIND:TARGET[,option=value...]; kinds: empathic:PATH_OR_ID with the options history (memory, text, none) and "
+    "media (true, false), chat:ID, audio:ID, video:ID, openai:MODEL@BASE_URL; options of every kind: batch_size, "
+    "max_new_tokens, temperature, top_p, dtype, repetition_penalty, no_repeat_ngram_size"
+)
 
 
 def reconstruction(arguments) -> int:
@@ -75,6 +87,20 @@ def emotion(arguments) -> int:
     return of_replies("emotion", arguments, add_emotion_options, "model", lambda: run(arguments))
 
 
+def contrast(arguments) -> int:
+    """Compare the replies to the same words with clips of different emotions."""
+    from ..evaluation.contrast.table import run
+
+    return of_replies("contrast", arguments, add_contrast_options, "systems", lambda: run(arguments))
+
+
+def judge(arguments) -> int:
+    """Judge saved replies by a rubric."""
+    from ..evaluation.judge.table import run
+
+    return run(arguments)
+
+
 def add_dialogue(commands) -> None:
     """Add the subcommand."""
     sub = add_command(
@@ -85,13 +111,22 @@ def add_dialogue(commands) -> None:
         "empathic evaluate dialogue ours=empathic:runs/quickstart/epo base=empathic:runs/quickstart/dialogue "
         "--data runs/quickstart/data",
     )
-    sub.add_argument(
-        "systems", nargs="+", metavar="SYSTEM",
-        help="NAME=KIND:TARGET[,option=value...]; kinds: empathic:PATH_OR_ID with the options history (memory, "
-        "text, none) and media (true, false), chat:ID, audio:ID, video:ID, openai:MODEL@BASE_URL; options of every "
-        "kind: batch_size, max_new_tokens, temperature, top_p, dtype, repetition_penalty, no_repeat_ngram_size",
-    )  # fmt: skip
+    sub.add_argument("systems", nargs="+", metavar="SYSTEM", help=SYSTEM)
     add_dialogue_options(sub)
+
+
+def add_contrast(commands) -> None:
+    """Add the subcommand."""
+    sub = add_command(
+        commands,
+        "contrast",
+        contrast,
+        "give the same words with clips of different emotions: does the reply follow the voice and the face?",
+        "empathic evaluate contrast ours=empathic:runs/quickstart/epo deaf=empathic:runs/quickstart/epo,media=false "
+        "--data runs/quickstart/contrast_data --classifier runs/quickstart/parts/emotion_classifier",
+    )
+    sub.add_argument("systems", nargs="+", metavar="SYSTEM", help=SYSTEM)
+    add_contrast_options(sub)
 
 
 def add_ablation(commands) -> None:
@@ -110,6 +145,27 @@ def add_ablation(commands) -> None:
         "and epo, each with the inputs of its recipe; base=KIND:TARGET: the model before fine-tuning",
     )  # fmt: skip
     add_dialogue_options(sub)
+
+
+def add_judge(commands) -> None:
+    """Add the subcommand."""
+    sub = add_command(
+        commands,
+        "judge",
+        judge,
+        "let a model that hears or sees the clip judge saved replies by a rubric",
+        "empathic evaluate judge openai:gpt-audio,media=audio,price_in=2.5,price_out=10 "
+        "runs/tables/dialogue/ours.jsonl runs/tables/dialogue/base.jsonl --study study",
+    )
+    sub.add_argument(
+        "judge", metavar="JUDGE",
+        help="openai:MODEL@BASE_URL[,option=value...]: an OpenAI-compatible endpoint; media=audio, frames or both "
+        "gives it the clip; further options as of the systems of `dialogue`",
+    )  # fmt: skip
+    sub.add_argument(
+        "replies", nargs="+", metavar="REPLIES", help="files of saved replies to the same prompts, FILE or NAME=FILE"
+    )
+    add_judge_options(sub)
 
 
 def add_emotion(commands) -> None:
@@ -198,5 +254,14 @@ def add(commands) -> None:
         "empathic evaluate efficiency --preset tiny --paper",
     )
     tables = sub.add_subparsers(dest="table", required=True, metavar="TABLE")
-    for add_one in (add_dialogue, add_ablation, add_emotion, add_reconstruction, add_efficiency, add_report):
+    for add_one in (
+        add_dialogue,
+        add_ablation,
+        add_contrast,
+        add_judge,
+        add_emotion,
+        add_reconstruction,
+        add_efficiency,
+        add_report,
+    ):
         add_one(tables)

@@ -84,7 +84,10 @@ def add(commands) -> None:
         "convert a corpus, or a folder of recordings with a metadata.jsonl, into a data set",
         "empathic prepare folder recordings data/recordings --num_workers 2",
     )
-    corpora = ("meld", "iemocap", "multidialog", "topical-chat", "ravdess", "crema-d", "folder")
+    corpora = (
+        *("meld", "iemocap", "multidialog", "topical-chat", "empathetic-dialogues", "avamerg", "ravdess", "crema-d"),
+        "folder",
+    )
     sub.add_argument("corpus", choices=corpora, help="layout of RAW; folder: your own recordings")
     sub.add_argument("raw", metavar="RAW", help="folder of the downloaded corpus")
     sub.add_argument("out", metavar="OUT", help="folder to write; `datasets.load_dataset(OUT)` reads it")
@@ -113,5 +116,5 @@ def add(commands) -> None:
         "--video_pattern", metavar="PATH",
         help="multidialog: path of a turn's video inside RAW, with the fields {split} {conv_id} {n} {actor} {stem}",
     )  # fmt: skip
-    sub.add_argument("--text_only", action="store_true", help="meld: read the tables alone, without clips")
+    sub.add_argument("--text_only", action="store_true", help="meld, avamerg: read the tables alone, without clips")
     add_push_options(sub)

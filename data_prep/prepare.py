@@ -15,7 +15,10 @@ from .pipeline import prepare, say_unchanged, unchanged
 from .schema import parse_emotion
 
 OWN_FOLDERS = ("data", "media", "unpacked", ".work")  # folders in OUT that are written and removed here
-CORPORA = ("meld", "iemocap", "multidialog", "topical-chat", "ravdess", "crema-d", "folder")
+CORPORA = (
+    *("meld", "iemocap", "multidialog", "topical-chat", "empathetic-dialogues", "avamerg", "ravdess", "crema-d"),
+    "folder",
+)
 
 
 def _tree_fingerprint(raw: Path, options: dict) -> str:
@@ -63,7 +66,7 @@ def prepare_corpus(
     input does nothing.
 
     Args:
-        name: meld, iemocap, multidialog, topical-chat, ravdess, crema-d or folder (your own recordings).
+        name: one of `CORPORA`; folder: your own recordings.
         raw: the folder of the corpus.
         out: the folder to write to.
         embed: if True, the parquet files contain the media; if False, they contain absolute paths to the media files,

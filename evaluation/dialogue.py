@@ -11,6 +11,7 @@ if the data set stores them as bytes; likewise for the ablation. With several da
 
 import argparse
 import gc
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -106,6 +107,7 @@ def evaluate_systems(
     reply_speakers: Sequence[str] | None = None,
     baseline: str | None = None,
     clips: int = CLIPS,
+    references: str | Path | None = None,
     seed: int = 0,
     accelerator=None,
     progress: bool = True,
@@ -127,6 +129,7 @@ def evaluate_systems(
         reply_speakers: speakers whose replies are predicted, such as a corpus's assistant; all by default.
         baseline: name of the system that the others are compared with; the first by default.
         clips: number of samples whose clips are saved, see `write_replies`.
+        references: file of further acceptable replies for EmotionScore, see `read_references`.
         seed: sampling seed.
         accelerator: state of `accelerate launch`, see `write_replies`.
         progress: whether to show progress bars.
@@ -145,9 +148,10 @@ def evaluate_systems(
     baseline = names[0] if baseline is None else baseline
     if baseline not in names:
         raise ValueError(f"The baseline {baseline!r} is not one of the systems {', '.join(names)}.")
-    folders = _folders(data, Path(output))
+    folders = data_folders(data, Path(output))
     samples = {name: dialogue_samples_of(name, split, reply_speakers, max_samples) for name in data}
     files: dict[str, dict[str, Path]] = {name: {} for name in data}
+    further = {} if references is None else read_references(references)
     systems = {name: open_system(spec, **common) for name, spec in zip(names, specs, strict=True)}
     settings = {name: system.settings for name, system in systems.items()}  # fail before any reply is generated
     for name in names:
@@ -174,6 +178,10 @@ def evaluate_systems(
     results = {}
     for data_set, folder in folders.items():
         replies = {name: read_replies(file) for name, file in files[data_set].items()}
+        labels = _reply_emotions(samples[data_set])
+        for rows in replies.values():
+            for row, label in zip(rows, labels, strict=True):
+                row |= {"reply_emotion": label, "references": further.get(row["id"], ())}
         found = score_replies(replies, scoring, pairs)
         for name, system in found["systems"].items():
             file = files[data_set][name].relative_to(folder).as_posix()
@@ -189,6 +197,7 @@ def evaluate_systems(
                 "split": split,
                 "max_samples": max_samples,
                 "reply_speakers": None if reply_speakers is None else list(reply_speakers),
+                "references": None if references is None else str(references),
                 "seed": seed,
                 "confidence": scoring.confidence,
                 "resamples": scoring.resamples,
@@ -220,7 +229,39 @@ def dialogue_samples_of(
     return samples
 
 
-def _folders(data: Sequence[str], output: Path) -> dict[str, Path]:
+def _reply_emotions(samples: DialogueSamples) -> list[str | None]:
+    """The emotion of each sample's true reply, where it is labeled."""
+    emotions = samples.texts["emotion"][:]
+    return [emotions[row] for row in samples.places[:, 1].tolist()]
+
+
+def read_references(path: str | Path) -> dict[str, list[str]]:
+    """
+    Read further acceptable replies: JSONL with `id`, the id of a saved reply, and `references`, a list of texts.
+
+    Raises:
+        ValueError: if the file cannot be read, or a line is not of this form; the message has its number.
+    """
+    found: dict[str, list[str]] = {}
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}). Give a JSONL file of references.") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            name, texts = row["id"], row["references"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f'{path}:{number}: is not {{"id": ..., "references": [...]}}.') from None
+        if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ValueError(f"{path}:{number}: references are {texts!r:.80}; give a list of texts that are not empty.")
+        found.setdefault(str(name), []).extend(texts)
+    return found
+
+
+def data_folders(data: Sequence[str], output: Path) -> dict[str, Path]:
     """The output folder of each data set: OUT itself if there is only one data set."""
     if len(data) == 1:
         return {data[0]: output}
@@ -324,6 +365,7 @@ def run(options: argparse.Namespace, kind: str) -> int:
             reply_speakers=options.reply_speakers,
             baseline=options.baseline,
             clips=options.clips,
+            references=options.references,
             seed=options.seed,
             accelerator=state,
             batch_size=options.batch_size,

@@ -67,7 +67,8 @@ def write_replies(
 
     Args:
         system: the system that replies.
-        samples: the samples, such as `DialogueSamples`.
+        samples: the samples, such as `DialogueSamples`. Samples with the same `seeded_by` are sampled with the same
+            seed; by default each sample has its own.
         out: the output folder; created if needed.
         seed: the seed of the run; together with a sample's id it determines the sampling.
         clips: the number of samples whose clips, if the data set stores them as bytes, are written to OUT/clips, where
@@ -157,7 +158,8 @@ def read_replies(path: str | os.PathLike) -> list[dict]:
 
 def _reply(system: System, samples: list[dict], clips: list["_Clips"], seed: int) -> list[dict]:
     names = [sample_id(sample) for sample in samples]
-    replies = system.reply(samples, [seed_of(seed, name) for name in names])
+    seeds = [seed_of(seed, sample.get("seeded_by") or name) for sample, name in zip(samples, names, strict=True)]
+    replies = system.reply(samples, seeds)
     return [
         {
             "id": name,

@@ -82,10 +82,11 @@ def save_clips(replies: str | os.PathLike, rows: Sequence[dict], samples: Sequen
         if not digests[place] <= there:
             for part in parts_of(samples[place]["prompt"]):
                 if part.get("bytes") is not None:
-                    there.add(_write(part["bytes"], part.get("path"), Path(replies).parent / FOLDER))
+                    there.add(save_clip(part["bytes"], part.get("path"), Path(replies).parent / FOLDER))
 
 
-def _write(content: bytes, name: str | None, folder: Path) -> str:
+def save_clip(content: bytes, name: str | None, folder: Path) -> str:
+    """Write a clip to a folder, named by its digest, unless it is there; return the digest."""
     digest, suffix = digest_of(content), Path(name or "").suffix.lower()
     target = folder / f"{digest}{suffix if _SUFFIX.fullmatch(suffix) else ''}"
     if not target.is_file():

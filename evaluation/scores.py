@@ -10,17 +10,19 @@ from .emotion_features import GO_EMOTIONS, POOLINGS, EmotionFeatures
 from .metrics import bleu_counts, bleu_of_counts, corpus_dist_n, dist_n_scores, emotion_scores
 from .modules.bertscore.bert_similarity import BertScore
 from .replies import conversation_of
+from .reply_emotion import name_reply_emotions
 from .statistics_of_replies import Draws, add_adjusted, compare_means, compare_metric, mean_interval, metric_interval
 
 METRICS = {
     "bertscore": "BERTScore",
     "emotion_score": "EmotionScore",
+    "reply_emotion": "Response-emotion accuracy",
     "dist1": "Dist-1",
     "corpus_dist1": "Dist-1, corpus",
     "bleu1": "BLEU-1",
     "bleu4": "BLEU-4",
 }
-DEFAULT_METRICS = ("bertscore", "emotion_score", "dist1", "corpus_dist1")
+DEFAULT_METRICS = ("bertscore", "emotion_score", "reply_emotion", "dist1", "corpus_dist1")
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Scoring:
 
     Args:
         metrics: names from `METRICS`.
-        classifier, pooling: options of EmotionScore, see `EmotionFeatures`.
+        classifier, pooling: options of EmotionScore, see `EmotionFeatures`. The classifier also names the emotion of
+            the replies for the response-emotion accuracy.
         bertscore_model, bertscore_layer: options of BERTScore, see `BertScore`.
         confidence: confidence level of the intervals, 0 to 1.
         resamples: number of bootstrap draws and of permutations for a mean; BLEU uses a tenth.
@@ -75,19 +78,28 @@ class _Sampling:
 
 
 class _MeanMetric:
-    """A mean of scores per reply: `scores[name]` (replies,)."""
+    """A mean of scores per reply: `scores[name]` (replies,). NaN, for all systems alike, leaves a reply out."""
 
     def __init__(self, scores: dict[str, np.ndarray]):
         self.scores = scores
+        self.there = ~np.isnan(next(iter(scores.values())))
 
     def value(self, name: str) -> float:
-        return float(self.scores[name].mean())
+        return float(self.scores[name][self.there].mean())
+
+    def _conversations(self, sampling: _Sampling) -> list[str] | None:
+        """The conversations of the replies that count; None if there are too few to resample."""
+        found = [name for name, kept in zip(sampling.conversations, self.there, strict=True) if kept]
+        return found if len(set(found)) > 1 else None
 
     def interval(self, name: str, sampling: _Sampling):
-        return mean_interval(self.scores[name], sampling.conversations, sampling.many)
+        conversations = self._conversations(sampling)
+        return conversations and mean_interval(self.scores[name][self.there], conversations, sampling.many)
 
     def compare(self, a: str, b: str, sampling: _Sampling):
-        return compare_means(self.scores[a], self.scores[b], sampling.conversations, sampling.many)
+        conversations = self._conversations(sampling)
+        one, other = self.scores[a][self.there], self.scores[b][self.there]
+        return conversations and compare_means(one, other, conversations, sampling.many)
 
 
 class _BleuMetric:
@@ -140,7 +152,9 @@ def score_replies(replies: dict[str, list[dict]], scoring: Scoring, pairs: Seque
     An empty reply scores 0. A sample whose true reply is blank cannot be scored, and is left out for all systems.
 
     Args:
-        replies: the replies of each system as returned by `read_replies`, for the same samples in the same order.
+        replies: the replies of each system as returned by `read_replies`, for the same samples in the same order. A
+            row may have `references`, further acceptable replies, for EmotionScore, and `reply_emotion`, the emotion of
+            the true reply, for the response-emotion accuracy.
         scoring: the metrics and their options.
         pairs: the pairs of systems (a, b) to compare.
 
@@ -166,11 +180,11 @@ def score_replies(replies: dict[str, list[dict]], scoring: Scoring, pairs: Seque
     if not kept:
         raise ValueError(f"None of the {len(ids)} samples has a true reply, so there is nothing to score.")
     texts = {name: [rows[place]["reply"] for place in kept] for name, rows in replies.items()}
-    references = [replies[first][place]["reference"] for place in kept]
+    true = _TrueReplies([replies[first][place] for place in kept])
     conversations = [conversation_of(replies[first][place]) for place in kept]
     many = Draws(scoring.confidence, scoring.resamples, scoring.seed)
     sampling = _Sampling(conversations, many, replace(many, resamples=scoring.resamples // 10))
-    found, computed_by, skipped = _metrics(texts, references, scoring)
+    found, computed_by, skipped = _metrics(texts, true, scoring)
     systems = {
         name: {
             "metrics": {metric: _with_interval(values, name, sampling) for metric, values in found.items()},
@@ -180,7 +194,7 @@ def score_replies(replies: dict[str, list[dict]], scoring: Scoring, pairs: Seque
             "histograms": {
                 metric: _histogram(values.scores[name])
                 for metric, values in found.items()
-                if isinstance(values, _MeanMetric)
+                if isinstance(values, _MeanMetric) and metric != "reply_emotion"
             },
         }
         for name, rows in replies.items()
@@ -215,9 +229,21 @@ def _with_interval(values, name: str, sampling: _Sampling) -> dict:
     return {"mean": values.value(name), "low": ends[0], "high": ends[1]}
 
 
-def _metrics(texts: dict[str, list[str]], references: list[str], scoring: Scoring) -> tuple[dict, dict, dict]:
+class _TrueReplies:
+    """What is known of the true replies: their texts, further acceptable replies, and their emotions."""
+
+    def __init__(self, rows: list[dict]):
+        self.texts = [row["reference"] for row in rows]
+        self.several = [
+            [row["reference"], *(text for text in row.get("references") or () if text.strip())] for row in rows
+        ]
+        self.emotions = [row.get("reply_emotion") for row in rows]
+
+
+def _metrics(texts: dict[str, list[str]], true: _TrueReplies, scoring: Scoring) -> tuple[dict, dict, dict]:
     """Return (metric -> values of all systems, metric -> description, skipped metric -> reason), in table order."""
-    found, computed_by, skipped = {}, {}, {}
+    found, computed_by, skipped, references = {}, {}, {}, true.texts
+    features = None
     device = scoring.device or ("cuda" if torch.cuda.is_available() else "cpu")
     for metric in METRICS:
         if metric not in scoring.metrics:
@@ -231,14 +257,27 @@ def _metrics(texts: dict[str, list[str]], references: list[str], scoring: Scorin
             computed_by[metric] = scorer.description
             values = {name: scorer.scores(said, references, allow_empty=True)["f1"] for name, said in texts.items()}
             found[metric] = _MeanMetric(values)
-        elif metric == "emotion_score":
+        elif metric in ("emotion_score", "reply_emotion"):
+            if metric == "reply_emotion" and not any(true.emotions):
+                skipped[metric] = "no true reply has an emotion label"
+                continue
             try:
-                features = EmotionFeatures(scoring.classifier, scoring.pooling, device)
+                features = features or EmotionFeatures(scoring.classifier, scoring.pooling, device)
+                if metric == "reply_emotion":
+                    found[metric], computed_by[metric] = _reply_emotion(texts, true, features)
+                    continue
             except OSError as error:
                 skipped[metric] = f"the classifier {scoring.classifier} cannot be loaded ({str(error).splitlines()[0]})"
                 continue
-            computed_by[metric] = features.description
-            values = {name: emotion_scores(said, references, features, True) for name, said in texts.items()}
+            except ValueError as error:
+                if metric != "reply_emotion":
+                    raise
+                skipped[metric] = str(error)
+                continue
+            most = max(map(len, true.several))
+            several = f", the most similar of up to {most} acceptable replies" if most > 1 else ""
+            computed_by[metric] = features.description + several
+            values = {name: emotion_scores(said, true.several, features, True) for name, said in texts.items()}
             found[metric] = _MeanMetric(values)
         elif metric == "dist1":
             computed_by[metric] = "unique words / words of each reply, averaged"
@@ -252,3 +291,19 @@ def _metrics(texts: dict[str, list[str]], references: list[str], scoring: Scorin
             order = int(metric[-1])
             found[metric] = _BleuMetric({name: bleu_counts(said, references, order) for name, said in texts.items()})
     return found, computed_by, skipped
+
+
+def _reply_emotion(texts: dict[str, list[str]], true: _TrueReplies, features) -> tuple[_MeanMetric, str]:
+    """Whether each reply has the labeled emotion of the true reply, and what the classifier says of the true ones."""
+    labels = np.array([label or "" for label in true.emotions])
+
+    def hits(said: list[str]) -> np.ndarray:
+        named = np.array([name or "-" for name in name_reply_emotions(said, features)])
+        return np.where(labels == "", np.nan, (named == labels).astype(float))
+
+    ceiling, count = float(np.nanmean(hits(true.texts))), int((labels != "").sum())
+    about = (
+        f"share of {count} labeled replies whose emotion, named by {features.model_name}, is the label of the true "
+        f"reply; for the true replies themselves it is {ceiling:.3f}"
+    )
+    return _MeanMetric({name: hits(said) for name, said in texts.items()}), about

@@ -137,6 +137,11 @@ def test_quickstart_shows_the_paper_work(tmp_path):
     assert score["difference"]["high"] > 0  # how much it gains depends on the base
     assert recall["difference"]["high"] >= 0
     assert 0.45 <= emotion["T"] <= 0.6
+    contrast = results["contrast"]
+    text, seen = contrast["arms"]["text"], contrast["arms"]["memory_av"]
+    assert [text[name]["mean"] for name in q.CONTRAST_METRICS] == [0, 0, 0.5, 0]
+    assert seen["matched"]["low"] > 0.8 and seen["movement"]["low"] > 0.5 and seen["likelihood"]["low"] > 1
+    assert contrast["epo_control"]["likelihood"]["low"] > 0
     files = {path.name for path in Path(tmp_path / "run" / "model").iterdir()}
     assert {"model.safetensors", "config.json", "modeling_empathic.py", "processor_config.json"} <= files
 

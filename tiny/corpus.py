@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..configuration_empathic import EMOTIONS
 from .clips import write_clip
-from .dialogues import ASSISTANT, SPLITS, USER, make_dialogues, reply_for
+from .dialogues import ASSISTANT, SPLITS, USER, contrast_sentences, make_dialogues, reply_for
 
 # About three clips per conversation: 1,440 clips, written in about 20 seconds on one core. The test split has about 300
 # labeled clips, so that a measured accuracy of 0.9 has a standard error of 0.017.
@@ -30,6 +30,10 @@ SECONDS = 0.96
 # people, too, do not always find the right tone. The likelihood alone teaches a model to err as often. The other splits
 # have none.
 MISFIT_SHARE = 0.3
+
+
+# Utterances of the contrast corpus, each with a clip of every emotion.
+NUM_CONTRASTS = 16
 
 
 def _clip_rng(utterance_id, seed):
@@ -75,6 +79,43 @@ def corpus_rows(num_dialogues=None, seed=0, with_clips=True):
     return rows
 
 
+def contrast_rows(num=NUM_CONTRASTS, seed=0):
+    """Return the rows of a corpus in which each sentence is said with every emotion, a list of dicts.
+
+    The sentences are the first of conversations of the test split, and do not reveal their emotion in words. Each
+    dialogue has two turns: the sentence with a clip of one emotion, and the assistant's reply to this emotion. The
+    clips of a sentence show the same person and voice, and differ in the expression alone.
+
+    Args:
+        num: number of sentences.
+        seed: seed of the sentences and the replies.
+    """
+    rows = []
+    for number, sentence in enumerate(contrast_sentences(num, seed)):
+        for emotion in EMOTIONS:
+            dialogue_id = f"contrast-{seed}-{number:03d}-{emotion}"
+            turns = [(USER, sentence["text"], emotion), (ASSISTANT, sentence["replies"][emotion], None)]
+            for turn, (speaker, text, shown) in enumerate(turns):
+                row = {
+                    "split": "test",
+                    "dialogue_id": dialogue_id,
+                    "turn": turn,
+                    "utterance_id": f"{dialogue_id}-{turn}",
+                    "speaker": speaker,
+                    "text": text,
+                    "emotion": shown,
+                }
+                if speaker == USER:
+                    row |= {"video": f"clips/{dialogue_id}-0.mp4", "person": f"contrast-{seed}-{number:03d}"}
+                rows.append(row)
+    return rows
+
+
+def write_contrast_corpus(folder, *, num=NUM_CONTRASTS, seed=0, seconds=SECONDS, progress=True):
+    """Write `metadata.jsonl` and the clips of `contrast_rows`, as `write_corpus` does, and return the same numbers."""
+    return _write(Path(folder), contrast_rows(num, seed), seed, seconds, progress)
+
+
 def _write_atomically(path, write):
     """Call `write(temporary path)` and move the result to `path`, so that a file at `path` is always complete."""
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
@@ -104,8 +145,11 @@ def write_corpus(folder, *, num_dialogues=None, seed=0, with_clips=True, seconds
         `{"dialogues", "turns", "clips", "written", "labeled"}`: the numbers of conversations, turns and clips in the
         corpus, the number of clips that this call wrote, and the number of clips per split.
     """
-    folder = Path(folder)
-    rows = corpus_rows(num_dialogues, seed, with_clips)
+    return _write(Path(folder), corpus_rows(num_dialogues, seed, with_clips), seed, seconds, progress)
+
+
+def _write(folder, rows, seed, seconds, progress):
+    """Write the clips of the rows, and then the rows. The clips of rows with the same `person` have the same seed."""
     recorded = [row for row in rows if "video" in row]
     folder.mkdir(parents=True, exist_ok=True)
     if recorded:
@@ -113,9 +157,9 @@ def write_corpus(folder, *, num_dialogues=None, seed=0, with_clips=True, seconds
     missing = [row for row in recorded if not (folder / row["video"]).is_file()]
     done = len(recorded) - len(missing)
     for row in tqdm(missing, "clips", total=len(recorded), initial=done, unit="clip", disable=not progress):
-        rng = _clip_rng(row["utterance_id"], seed)
+        rng = _clip_rng(row.get("person", row["utterance_id"]), seed)
         _write_atomically(folder / row["video"], lambda path: write_clip(path, row["emotion"], rng, seconds))  # noqa: B023
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    lines = "".join(json.dumps({name: row[name] for name in row if name != "person"}) + "\n" for row in rows)
     # Written last: if metadata.jsonl exists, all of its clips exist.
     _write_atomically(folder / "metadata.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
     return {

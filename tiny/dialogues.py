@@ -354,6 +354,25 @@ def make_dialogues(num, seed=0, split="train"):
     return [_make_dialogue(split, rng) for _ in range(num)]
 
 
+def contrast_sentences(num, seed=0):
+    """Make sentences of the test split that do not reveal an emotion, with the assistant's reply to each emotion.
+
+    Args:
+        num: number of sentences; all are different.
+        seed: random seed.
+
+    Returns:
+        A list of dicts of `text` and `replies` {emotion: text}.
+    """
+    rng = random.Random(f"contrast sentences {seed}")
+    found = {}
+    while len(found) < num:
+        text, context = _tell(_new_fact("test", rng, []), None, False, rng)
+        replies = {emotion: reply_for(context, emotion, rng) for emotion in EMOTIONS}
+        found.setdefault(text, {"text": text, "replies": replies})
+    return list(found.values())
+
+
 def unseen_utterances(dialogues, training):
     """Return the distinct texts of `dialogues` that have a content pair and do not occur in `training`, in order.
 

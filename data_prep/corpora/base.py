@@ -88,7 +88,7 @@ class Options:
         crop: IEMOCAP: crop the video to the half that shows the speaker.
         video_pattern: MultiDialog: path of a turn's video below RAW, with the fields `{split}`, `{conv_id}`, `{n}`,
             `{actor}` and `{stem}`.
-        text_only: MELD: read the tables alone, without clips.
+        text_only: MELD, AvaMERG: read the tables alone, without clips.
     """
 
     unpacked: Path

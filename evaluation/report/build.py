@@ -15,9 +15,11 @@ from pathlib import Path
 
 from ..study.build import KEY
 from ..study.report import ANALYSIS
+from .contrast import contrast_examples, contrast_parts
 from .costs import counter_parts, efficiency_parts, reconstruction_parts
 from .exchanges import ReportClips, exchanges
 from .html import page
+from .judge import judge_parts
 from .parts import Missing, Part, Section, Table
 from .scores import emotion_parts, quickstart_parts, reply_parts, short_name
 from .study import study_parts
@@ -43,6 +45,10 @@ RESULT_KINDS = {
     "dialogue": Kind("dialogue.json", ("systems", "comparisons"), "Replies", "empathic evaluate dialogue"),
     "ablation": Kind("ablation.json", ("systems", "comparisons"), "Ablation", "empathic evaluate ablation"),
     "study": Kind(ANALYSIS, ("scores", "agreement", "raters"), "Human evaluation", "empathic study analyze"),
+    "contrast": Kind(
+        "contrast.json", ("systems", "conditions", "appropriateness"), "Contrast", "empathic evaluate contrast"
+    ),
+    "judge": Kind("judge.json", ("systems", "answers", "rubric"), "Judge", "empathic evaluate judge"),
     "emotion": Kind("emotion.json", ("systems", "comparisons"), "Emotions", "empathic evaluate emotion"),
     "reconstruction": Kind("reconstruction.json", ("scores", "runs"), "Memory", "empathic evaluate reconstruction"),
     "efficiency": Kind("efficiency.json", ("machine", "histories"), "Costs", "empathic evaluate efficiency"),
@@ -55,6 +61,8 @@ TABLES = {
     "emotion": "Fig. 6 (emotions, confusion)",
     "reconstruction": "Table 8 (rebuilt utterances)",
     "efficiency": "Table 3 (costs of the history)",
+    "contrast": "Contrast (does the reply follow the clip?)",
+    "judge": "Judge (rubric, with the clip)",
 }
 
 
@@ -122,6 +130,13 @@ def _sections(found: Found, output: Path, clips: ReportClips, samples: int) -> l
             return [*sections, Section(f"{title}, conversations: {data}", shown)] if shown else sections
         if found.kind == "study":
             return [Section(f"{title}: {found.path.resolve().parent.name}", study_parts(results))]
+        if found.kind == "contrast":
+            data = short_name(results["settings"]["data"])
+            shown = contrast_examples(results, found.path.parent, samples, clips) if samples else []
+            sections = [Section(f"{title}: {data}", contrast_parts(results))]
+            return [*sections, Section(f"{title}, clips side by side: {data}", shown)] if shown else sections
+        if found.kind == "judge":
+            return [Section(f"{title}: {results['judge']['target']}", judge_parts(results))]
         if found.kind == "emotion":
             return [Section(f"{title}: {short_name(results['settings']['data'])}", emotion_parts(results))]
         if found.kind == "reconstruction":
@@ -155,7 +170,10 @@ def _missing(found: Sequence[Found], folders: Sequence[Path]) -> list[Part]:
 
 # ------------------------------------------------------------------------------------------------------------- settings
 
-ABOUT = ("settings", "versions", "machine", "command", "computed_by", "seconds", "baseline", "bertscore")
+ABOUT = ("settings", "judge", "versions", "machine", "command", "computed_by", "seconds", "baseline", "bertscore")
+
+
+WITH_SYSTEMS = ("dialogue", "ablation", "contrast", "emotion")  # their results have the settings of each system
 
 
 def _flat(content, name: str) -> list[list[str]]:
@@ -169,7 +187,7 @@ def _settings_table(found: Found) -> Table:
     """A table of all settings of the results, with versions and seeds."""
     results = found.results
     rows = [row for name in ABOUT if name in results for row in _flat(results[name], name)]
-    for name, system in results["systems"].items() if found.kind in ("dialogue", "ablation", "emotion") else ():
+    for name, system in results["systems"].items() if found.kind in WITH_SYSTEMS else ():
         rows += _flat(system["settings"], f"systems.{name}")
     if not rows:
         rows = [["settings", "the file has none"]]

@@ -3,7 +3,7 @@
 import html
 import re
 
-from .parts import Exchange, Missing, Part, Plot, ReportClip, Section, Table
+from .parts import ClipContrast, Exchange, Missing, Part, Plot, ReportClip, Section, Table
 
 # Scripts are forbidden; inline styles are needed by the plots.
 POLICY = (
@@ -59,6 +59,9 @@ audio { display: block; width: 100%; max-width: 28rem; margin: .4rem 0; }
 dl { display: grid; grid-template-columns: minmax(6rem, 14rem) minmax(0, 1fr); gap: .4rem 1rem; margin: .6rem 0 0; }
 dt { color: var(--faint); } dd { margin: 0; } dt.true, dd.true { font-weight: 600; color: var(--ink); }
 @media (max-width: 34rem) { dl { grid-template-columns: minmax(0, 1fr); gap: 0; } dd { margin-bottom: .6rem; } }
+.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); gap: .6rem 1.2rem; }
+.side { border: 1px solid var(--line); border-radius: .4rem; padding: .5rem .8rem; min-width: 0; }
+.side h4 { margin: 0; font-size: 1rem; } .side dl { grid-template-columns: minmax(5rem, 8rem) minmax(0, 1fr); }
 details { margin: .6rem 0; } summary { cursor: pointer; padding: .3rem 0; }
 """
 _INTERVAL = re.compile(r"(.*[\d%]) (\[.*\])")
@@ -129,6 +132,23 @@ def _exchange(exchange: Exchange) -> str:
     return f"<article>\n<h3>{_escape(exchange.id + feeling)}</h3>\n{messages}\n<dl>\n{replies}</dl>\n</article>"
 
 
+def _contrast(contrast: ClipContrast) -> str:
+    said = "\n".join(
+        f'<div class="said"><span class="who">{_escape(who)}</span>{_words(text)}</div>'
+        for who, text in contrast.messages
+    )
+    sides = []
+    for place, (title, clip) in enumerate(contrast.clips):
+        replies = "".join(
+            f"<dt>{_escape(who)}</dt><dd>{'–' if texts[place] is None else _words(texts[place])}</dd>\n"
+            for who, texts in contrast.replies
+        )
+        shown = "" if clip is None else _clip(clip)
+        sides.append(f'<div class="side"><h4>{_escape(title)}</h4>\n{shown}\n<dl>\n{replies}</dl></div>')
+    columns = "\n".join(sides)
+    return f'<article>\n<h3>{_escape(contrast.id)}</h3>\n{said}\n<div class="sides">\n{columns}\n</div>\n</article>'
+
+
 def _true(place: int) -> str:
     return ' class="true"' if place == 0 else ""
 
@@ -143,6 +163,8 @@ def _part(part: Part) -> str:
             return f'<figure tabindex="0">{svg}<figcaption>{name}</figcaption></figure>'
         case Exchange():
             return _exchange(part)
+        case ClipContrast():
+            return _contrast(part)
         case Missing():
             return f'<p class="missing"><b>Missing:</b> {_escape(part.text)}</p>'
     return f"<p>{_escape(part)}</p>"

@@ -87,7 +87,25 @@ class Exchange:
     replies: list[tuple[str, str]]
 
 
-Part = str | Table | Plot | Missing | Exchange
+@dataclass
+class ClipContrast:
+    """
+    The same words with several clips, side by side, and the replies of all systems.
+
+    Args:
+        id: id of the utterance.
+        messages: (speaker, text) of each message; the last has the words of the clips.
+        clips: (title, clip) of each clip.
+        replies: (system, its reply to each clip); None where there is no reply.
+    """
+
+    id: str
+    messages: list[tuple[str, str]]
+    clips: list[tuple[str, ReportClip | None]]
+    replies: list[tuple[str, list[str | None]]]
+
+
+Part = str | Table | Plot | Missing | Exchange | ClipContrast
 
 
 @dataclass

@@ -24,6 +24,7 @@ ROWS = {
 AXES = {
     "bertscore": "BERTScore\n(F1, 0 to 1)",
     "emotion_score": "EmotionScore\n(cosine, -1 to 1)",
+    "reply_emotion": "Response-emotion accuracy\n(share, 0 to 1)",
     "dist1": "Dist-1\n(share, 0 to 1)",
     "corpus_dist1": "Dist-1, corpus\n(share, 0 to 1)",
     "bleu1": "BLEU-1\n(0 to 1)",
@@ -62,34 +63,39 @@ def _value(row: Mapping, name: str) -> str:
     return f"{row[name]:.3f}" if row.get(name) is not None else "–"
 
 
-def _about(results: Mapping) -> str:
+def about_samples(results: Mapping) -> str:
+    """The data set of the results, its split, and the number of samples of each corpus."""
     settings = results["settings"]
     corpora = ", ".join(f"{CORPUS_NAMES.get(name, name)} {count:,}" for name, count in settings["corpora"].items())
     return f"{settings['data']}, split {settings['split']} (samples: {corpora})."
 
 
-def _p_value(value: float) -> str:
+def p_value(value: float) -> str:
+    """Format a p-value."""
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _comparison_table(results: Mapping, titles: Mapping[str, str]) -> list[Part]:
+def comparison_table(results: Mapping, titles: Mapping[str, str]) -> list[Part]:
+    """The paired comparisons of systems; `titles` are those of the metrics."""
     if not results["comparisons"]:
         return [Missing("Comparisons of two systems: there is only one system, or only one conversation.")]
     p_values = [row["p"] for row in results["comparisons"]]
     rows = [
-        [row["a"], row["b"], titles.get(row["metric"], row["metric"]), _difference(row), *map(_p_value, both)]
+        [row["a"], row["b"], titles.get(row["metric"], row["metric"]), difference(row), *map(p_value, both)]
         for row, *both in zip(results["comparisons"], p_values, holm(p_values), strict=True)
     ]
     confidence = f"{results['settings']['confidence']:.0%}"
+    drawn = f"{results['settings'].get('cluster', 'conversation')}s"
     notes = [
-        f"Difference (system - beside) with its {confidence} interval, bootstrap over conversations. p: two-sided "
-        f"paired permutation test over conversations. Adjusted p: {ADJUSTED}; the interval is not adjusted."
+        f"Difference (system - beside) with its {confidence} interval, bootstrap over {drawn}. p: two-sided "
+        f"paired permutation test over {drawn}. Adjusted p: {ADJUSTED}; the interval is not adjusted."
     ]
     header = ["system", "beside", "metric", "difference", "p", "adjusted p"]
     return [Table("Do two systems differ?", header, rows, names=3, notes=notes)]
 
 
-def _difference(row: Mapping) -> str:
+def difference(row: Mapping) -> str:
+    """Format the difference of a comparison with its interval."""
     return f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
 
 
@@ -116,7 +122,7 @@ def reply_parts(results: Mapping) -> list[Part]:
     header = ["system", "replies", *(METRICS[metric] for metric in metrics)]
     count = sum(map(len, published.values()))
     notes = [*(["FT finetuned, MC MambaCompressor, AV audio-visual."] if ablation else []), *_reply_notes(results)]
-    parts: list[Part] = [_about(results), Table(title, header, rows, published=count, notes=notes)]
+    parts: list[Part] = [about_samples(results), Table(title, header, rows, published=count, notes=notes)]
     if not count:
         parts.append(published_table_1(metrics))
     if systems:
@@ -126,7 +132,7 @@ def reply_parts(results: Mapping) -> list[Part]:
             caption += " A score without a bar has no interval."
         axes = {name: AXES.get(name, name) for name in metrics}
         parts.append(scores_plot(caption, axes, {titles[name]: each["metrics"] for name, each in systems.items()}))
-    parts += [_similarity_plot(results, titles), *_comparison_table(results, METRICS)]
+    parts += [_similarity_plot(results, titles), *comparison_table(results, METRICS)]
     return parts
 
 
@@ -198,7 +204,7 @@ def emotion_parts(results: Mapping) -> list[Part]:
     header = ["input", "clips", "accuracy", "mean recall"]
     recall = [[name, *(_value(system["recall"], emotion) for emotion in emotions)] for name, system in systems.items()]
     parts: list[Part] = [
-        f"{settings['model']} on {_about(results)}",
+        f"{settings['model']} on {about_samples(results)}",
         accuracy_plot(
             f"Accuracy by modality, with {settings['confidence']:.0%} intervals (Fig. 6): {data}.",
             {name: system["metrics"]["accuracy"] for name, system in systems.items()},
@@ -210,7 +216,7 @@ def emotion_parts(results: Mapping) -> list[Part]:
         if name in systems:
             caption = f"Confusion with the input {name}: shade is the share of the row. {data}."
             parts.append(confusion_plot(caption, systems[name]["confusion"]))
-    return parts + _comparison_table(results, {"accuracy": "accuracy"})
+    return parts + comparison_table(results, {"accuracy": "accuracy"})
 
 
 # ----------------------------------------------------------------------------------------------------------- quickstart

@@ -4,7 +4,7 @@ import html
 import re
 import unicodedata
 
-from .parts import Exchange, Missing, Part, Plot, Section, Table
+from .parts import ClipContrast, Exchange, Missing, Part, Plot, Section, Table
 
 _MARKDOWN = re.compile(r"[\\`*_{}\[\]<>|~#$]")
 _LATEX = {
@@ -133,7 +133,7 @@ def _part(part: Part) -> str | None:
             return markdown_table(part)
         case Missing():
             return f"**Missing:** {markdown_text(part.text)}"
-        case Plot() | Exchange():
+        case Plot() | Exchange() | ClipContrast():
             return None
     return markdown_text(part)
 

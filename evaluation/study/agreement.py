@@ -1,4 +1,4 @@
-"""Krippendorff's alpha for ordinal or nominal ratings, with missing ratings."""
+"""Krippendorff's alpha for ordinal or nominal ratings, with missing ratings; weighted kappa of two raters."""
 
 import numpy as np
 
@@ -51,3 +51,22 @@ def alpha(matrix: np.ndarray, level: str = "ordinal") -> np.ndarray:
     number = totals.sum(-1)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(expected > 0, 1 - (number - 1) * observed / expected, np.nan)
+
+
+def weighted_kappa(matrix: np.ndarray) -> np.ndarray:
+    """
+    Compute quadratic weighted kappa (J. Cohen, 1968) of two raters: 1 is full agreement, 0 is chance level.
+
+    Args:
+        matrix: (..., values, values) counts: rows are the first rater's categories, columns the second's, in order.
+
+    Returns:
+        (...) floats; NaN if there are no counts, or both raters always give the same single category.
+    """
+    place = np.arange(matrix.shape[-1])
+    difference = (place[:, None] - place) ** 2
+    total = matrix.sum((-1, -2))
+    expected = matrix.sum(-1)[..., :, None] * matrix.sum(-2)[..., None, :]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        chance = (expected * difference).sum((-1, -2)) / total
+        return np.where(chance > 0, 1 - (matrix * difference).sum((-1, -2)) / chance, np.nan)

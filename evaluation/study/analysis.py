@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 
@@ -17,6 +17,60 @@ from .replies import StudyError
 
 # question -> (conversation, system) -> {rater: score}
 Ratings = dict[str, dict[tuple[str, str], dict[str, int]]]
+
+
+@dataclass(frozen=True)
+class CountedRatings:
+    """
+    The ratings of the raters who count.
+
+    Args:
+        key: the content of the study's key.json.
+        ratings: {question: {(conversation, system): {rater: score}}}.
+        raters: {"rater", "code", "started", "reasons", ...} of each rater; who has `reasons` is excluded.
+        problems: a message for each unusable line of the answers.
+        exclusion: the rules that were applied.
+    """
+
+    key: dict
+    ratings: Ratings
+    raters: list[dict]
+    problems: list[str]
+    exclusion: Exclusion
+
+
+def counted_ratings(
+    folder: Path, exclusion: Exclusion | None = None, answers: list[Path] | None = None
+) -> CountedRatings:
+    """
+    Read the answers of a study and exclude raters by its rules; arguments and errors as in `analyze`.
+    """
+    folder = Path(folder)
+    try:
+        key = json.loads((folder / KEY).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{folder / KEY}: cannot be read ({error}). Give the folder of a study.") from None
+    exclusion = exclusion or Exclusion(**key["settings"]["exclusion"])
+    files = sorted((folder / ANSWERS).glob("*.jsonl")) if answers is None else [Path(file) for file in answers]
+    given, problems = _latest(files, key)
+    raters, ratings = [], {question["name"]: defaultdict(dict) for question in key["questions"]}
+    for number, rater in enumerate(key["raters"], 1):
+        state = _judge_rater(rater, given.get(rater, {}), key, exclusion)
+        raters.append({"rater": number, "code": rater, **state})
+        if state["started"] and not state["reasons"]:
+            for item, answer in given[rater].items():
+                about = key["items"][item]
+                if "system" in about:
+                    for question, line in answer.items():
+                        ratings[question][about["conversation"], about["system"]][rater] = line["score"]
+    if not any(row["started"] and not row["reasons"] for row in raters):
+        started = [row for row in raters if row["started"]]
+        reasons = "; ".join(f"rater {row['rater']}: {', '.join(row['reasons'])}" for row in started)
+        raise StudyError(
+            f"{folder}: none of {len(raters)} raters can be counted; {len(started)} started"
+            + (f" ({reasons}). Relax the exclusion rules, and report that." if started else ".")
+        )
+    return CountedRatings(key, ratings, raters, problems, exclusion)
 
 
 def analyze(
@@ -48,33 +102,9 @@ def analyze(
         raise StudyError(
             f"resamples is {resamples} and confidence is {confidence}; give 1 or more, and a share between 0 and 1."
         )
-    folder = Path(folder)
-    try:
-        key = json.loads((folder / KEY).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StudyError(f"{folder / KEY}: cannot be read ({error}). Give the folder of a study.") from None
-    own = key["settings"]["exclusion"]
-    exclusion = exclusion or Exclusion(**own)
-    files = sorted((folder / ANSWERS).glob("*.jsonl")) if answers is None else [Path(file) for file in answers]
-    given, problems = _latest(files, key)
-    raters, ratings = [], {question["name"]: defaultdict(dict) for question in key["questions"]}
-    for number, rater in enumerate(key["raters"], 1):
-        state = _judge_rater(rater, given.get(rater, {}), key, exclusion)
-        raters.append({"rater": number, "code": rater, **state})
-        if state["started"] and not state["reasons"]:
-            for item, answer in given[rater].items():
-                about = key["items"][item]
-                if "system" in about:
-                    for question, line in answer.items():
-                        ratings[question][about["conversation"], about["system"]][rater] = line["score"]
+    found = counted_ratings(folder, exclusion, answers)
+    key, ratings, raters, exclusion = found.key, found.ratings, found.raters, found.exclusion
     kept = sum(row["started"] and not row["reasons"] for row in raters)
-    if not kept:
-        started = [row for row in raters if row["started"]]
-        reasons = "; ".join(f"rater {row['rater']}: {', '.join(row['reasons'])}" for row in started)
-        raise StudyError(
-            f"{folder}: none of {len(raters)} raters can be counted; {len(started)} started"
-            + (f" ({reasons}). Relax the exclusion rules, and report that." if started else ".")
-        )
     conversations, systems = list(key["conversations"]), key["systems"]
     draw = np.random.default_rng(seed)
     chosen = draw.integers(0, len(conversations), (resamples, len(conversations)))
@@ -90,7 +120,7 @@ def analyze(
         "questions": key["questions"],
         "kept_raters": kept,
         "raters": raters,
-        "problems": problems,
+        "problems": found.problems,
         "scores": {},
         "differences": {},
         "preferences": {},
@@ -144,7 +174,7 @@ def analyze(
         "confidence": confidence,
         "seed": seed,
         "exclusion": asdict(exclusion),
-        "exclusion_as_stated_before": asdict(exclusion) == own,
+        "exclusion_as_stated_before": asdict(exclusion) == key["settings"]["exclusion"],
     }
     result["versions"] = versions()
     return result

@@ -97,7 +97,7 @@ class EmpathicSystem:
 
     def reply(self, samples: list[dict], seeds: list[int]) -> list[Reply]:
         """See `System`."""
-        prepared, notes = zip(*(self._prepare(sample) for sample in samples), strict=True)
+        prepared, notes = zip(*(self.prepare_sample(sample) for sample in samples), strict=True)
         rows = [place for place, inputs in enumerate(prepared) if inputs is not None]
         replies = [Reply("", {}) for _ in samples]
         if rows:
@@ -111,7 +111,7 @@ class EmpathicSystem:
             reply.add(note=note)
         return replies
 
-    def _prepare(self, sample: dict) -> tuple[dict | None, str | None]:
+    def prepare_sample(self, sample: dict) -> tuple[dict | None, str | None]:
         """The model inputs (None if the sample does not fit), and a note on what was left out."""
         seen = dialogue_sample(sample, self.history, self.media)
         options = {"task": "dialogue", "history": seen["history"]}

@@ -20,6 +20,7 @@ from empathic.evaluation.emotion_features import EmotionFeatures
 from empathic.evaluation.metrics import bleu, corpus_dist_1, dist_1
 from empathic.evaluation.published import TABLE_1, TABLE_2
 from empathic.evaluation.replies import read_replies
+from empathic.evaluation.reply_emotion import emotion_of_labels
 from empathic.evaluation.scores import Scoring, score_replies
 from empathic.evaluation.statistics_of_replies import ADJUSTED, add_adjusted, holm
 from empathic.tiny.emotion_classifier import train_emotion_classifier
@@ -330,3 +331,79 @@ def test_two_processes_give_the_same_table(evaluated, tmp_path):
     assert parts == {"0", "1"}  # both took part
     for name in ("dialogue.json", "dialogue/ours.jsonl", "dialogue/plain.jsonl"):
         assert (tmp_path / "out" / name).read_bytes() == (alone / name).read_bytes()
+
+
+# ------------------------------------------------------------------------- several true replies, and labels of replies
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A classifier that knows the words of happy and of sad sentences."""
+    folder = tmp_path_factory.mktemp("trained")
+    pairs = [("how lovely and great", "happy"), ("i am so sorry", "sad"), ("yuck it is gross", "disgust")] * 30
+    train_emotion_classifier(folder, *map(list, zip(*pairs, strict=True)), steps=60, progress=False)
+    return str(folder)
+
+
+def test_the_emotion_of_replies_is_compared_with_the_label_of_the_true_reply(trained):
+    said = ["how lovely and great", "i am so sorry", "", "yuck it is gross"]
+    labels = ["happy", "happy", "sad", None]
+    replies = {name: rows(texts, ["how lovely and great"] * 4) for name, texts in (("a", said), ("b", said[::-1]))}
+    for those in replies.values():
+        for row, label in zip(those, labels, strict=True):
+            row["reply_emotion"] = label
+    scoring = Scoring(metrics=["emotion_score", "reply_emotion"], classifier=trained, resamples=50, device="cpu")
+    found = score_replies(replies, scoring, [("a", "b")])
+    assert found["systems"]["a"]["metrics"]["reply_emotion"]["mean"] == pytest.approx(1 / 3)  # empty is wrong
+    assert found["systems"]["b"]["metrics"]["reply_emotion"]["mean"] == pytest.approx(1 / 3)
+    assert "3 labeled replies" in found["computed_by"]["reply_emotion"]
+    assert found["computed_by"]["reply_emotion"].endswith("it is 0.667")  # two of the three true replies are happy
+    assert [row["metric"] for row in found["comparisons"]] == ["emotion_score", "reply_emotion"]
+    assert "reply_emotion" not in found["systems"]["a"]["histograms"]
+    for those in replies.values():
+        for row in those:
+            del row["reply_emotion"]
+    assert score_replies(replies, scoring, [])["skipped"] == {"reply_emotion": "no true reply has an emotion label"}
+
+
+def test_the_most_similar_of_several_references_counts(trained):
+    scoring = Scoring(
+        metrics=["emotion_score"], classifier=trained, pooling="probabilities", resamples=50, device="cpu"
+    )
+    alone = rows(["how lovely and great"] * 4, ["i am so sorry"] * 4)
+    several = [{**row, "references": ["yuck it is gross", "how lovely and great"]} for row in alone]
+    one, best = (score_replies({"a": those}, scoring, []) for those in (alone, several))
+    assert one["systems"]["a"]["metrics"]["emotion_score"]["mean"] < 0.95
+    assert best["systems"]["a"]["metrics"]["emotion_score"]["mean"] == pytest.approx(1, abs=1e-6)
+    assert best["computed_by"]["emotion_score"].endswith("the most similar of up to 3 acceptable replies")
+
+
+def test_references_and_labels_reach_the_command(base_folder, options, tmp_path, capsys):
+    systems = [f"a=empathic:{base_folder}"]
+    line = [*systems, *options, "--metrics", "emotion_score", "reply_emotion", f"--output={tmp_path}"]
+    assert main(["evaluate", "dialogue", *line]) == 0
+    plain = json.loads((tmp_path / "dialogue.json").read_text())
+    assert plain["systems"]["a"]["metrics"]["reply_emotion"]["mean"] >= 0  # clara's turns are labeled replies too
+    assert "Response-emotion accuracy" in capsys.readouterr().out
+    ids = [row["id"] for row in read_replies(tmp_path / "dialogue" / "a.jsonl")]
+    file = tmp_path / "references.jsonl"
+    file.write_text("".join(json.dumps({"id": name, "references": ["how are you"]}) + "\n" for name in ids[:2]))
+    assert main(["evaluate", "dialogue", *line, f"--references={file}"]) == 0
+    results = json.loads((tmp_path / "dialogue.json").read_text())
+    assert "up to 2 acceptable replies" in results["computed_by"]["emotion_score"]
+    assert results["settings"]["references"] == str(file)
+    score = "emotion_score"
+    assert results["systems"]["a"]["metrics"][score]["mean"] >= plain["systems"]["a"]["metrics"][score]["mean"]
+    for content, message in (("{", ":1: is not"), ('{"id": "x", "references": [""]}', ":1: references are ['']")):
+        file.write_text(content)
+        assert main(["evaluate", "dialogue", *line, f"--references={file}"]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_labels_of_classifiers_are_grouped():
+    assert set(emotion_of_labels(["anger", "annoyance", "disgust", "fear", "joy", "neutral", "grief", "surprise"])) == {
+        "angry", "disgust", "fearful", "happy", "neutral", "sad", "surprise",
+    }  # fmt: skip
+    assert emotion_of_labels(["happy", "sad", "angry", "disgust", "fear", "neutral", "surprised", "x"])[-1] is None
+    with pytest.raises(ValueError, match="do not name angry"):
+        emotion_of_labels(["good", "bad"])

@@ -126,6 +126,12 @@ class EmotionFeatures:
         return other
 
     @property
+    def labels(self) -> list[str]:
+        """The classifier's labels, in the order of the pooling `probabilities`."""
+        names = self._encoder[0].auto_model.config.id2label
+        return [names[place] for place in range(len(names))]
+
+    @property
     def description(self) -> str:
         """The model and the pooling, to be printed beside a score."""
         return f"{self.model_name}, pooling {self.pooling}"

@@ -444,6 +444,8 @@ def test_what_the_real_commands_write_is_shown(real, capsys):
         "Table 3&#x27;s own setting",
         "Table 2 (ablation)",
         "Human evaluation (Sec",
+        "Contrast (does the reply follow the clip?)",
+        "Judge (rubric, with the clip)",
     ]
     assert text.count("<article>") == 6 and text.count("data:video/mp4;base64,") >= 1
     labels = [
