@@ -4,10 +4,12 @@ import copy
 import json
 import os
 import time
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
 
@@ -19,6 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation import BaseStreamer, GenerationMode
 
 from .compat_empathic import CACHE
+from .configuration_empathic import MEMORY_SIZE
 from .sampling import plain_decoding
 from .thoughts import WrittenDecoder, is_thought_so_far, read_written
 
@@ -28,15 +31,29 @@ MORE_HISTORY = [{"role": "user", "content": "b"}, {"role": "assistant", "content
 SOME_TURN = {"role": "user", "content": "d"}
 
 
-def dropped_memories(utterances: int, max_memories: int | None) -> int:
+def dropped_memories(ends: Sequence[int], max_memories: int | None) -> int:
     """
-    Return how many of the oldest memory vectors a prompt leaves out: a quarter of `max_memories` at a time. The number
-    depends only on the number of utterances, not on how turns grouped them.
+    Return how many of the oldest memory vectors a prompt leaves out: those of whole utterances, at least a quarter of
+    `max_memories` at a time. Only the newest utterance is divided, if it alone has more vectors than `max_memories`.
+    The number depends only on the utterances, not on how turns grouped them.
+
+    Args:
+        ends: for each utterance, the number of vectors up to its end.
+        max_memories: the maximum number of vectors in a prompt, or None.
     """
-    if max_memories is None:
+    if max_memories is None or not ends or ends[-1] <= max_memories:
         return 0
     block = max(1, max_memories // 4)
-    return -(-max(0, utterances - max_memories) // block) * block
+    least = -(-(ends[-1] - max_memories) // block) * block
+    last = bisect_left(ends, least)
+    return ends[last] if last < len(ends) - 1 else least
+
+
+def check_memory_of(model, processor) -> None:
+    """Raise a ValueError if a model and a processor differ in the number of memory vectors of an utterance."""
+    own, other = ({name: getattr(of, name) for name in MEMORY_SIZE} for of in (model.config, processor))
+    if own != other:
+        raise ValueError(f"The model has {own}, but its processor {other}. Load both from the same checkpoint.")
 
 
 class PromptWriter:
@@ -44,7 +61,7 @@ class PromptWriter:
     Writes the prompt of a turn at a cost that does not depend on the length of the history.
 
     The history enters this project's template as consecutive placeholders only, so it is not rendered: the placeholder
-    of one utterance is repeated. With other templates, the whole history is rendered at every turn.
+    of one vector is repeated. With other templates, the whole history is rendered at every turn.
 
     Args:
         processor: an `EmpathicProcessor`.
@@ -54,7 +71,7 @@ class PromptWriter:
     def __init__(self, processor, placeholder: int):
         self.processor, self.placeholder = processor, placeholder
 
-    def write(self, system: str | None, earlier: list[dict], turn: dict) -> dict:
+    def write(self, system: str | None, earlier: list[dict], turn: dict, vectors: int) -> dict:
         """
         Return what `processor.prepare` returns for the conversation; `memory_input_ids` may be those of other text.
 
@@ -62,21 +79,32 @@ class PromptWriter:
             system: replaces the template's system prompt.
             earlier: the messages that have a memory vector in the prompt.
             turn: the last message, of the user.
+            vectors: the number of the newest memory vectors of these messages to use.
         """
         opening = [] if system is None else [{"role": "system", "content": system}]
-        if not earlier or not self._repeats_placeholders:
-            return self.processor.prepare([*opening, *earlier, turn])
-        sample = self.processor.prepare([*opening, SOME_HISTORY, turn])
-        return {**sample, "input_ids": self._repeat(sample["input_ids"], len(earlier))}
+        if earlier and self._repeats_placeholders:
+            sample = self.processor.prepare([*opening, SOME_HISTORY, turn])
+            return {**sample, "input_ids": self._repeat(sample["input_ids"], vectors)}
+        sample = self.processor.prepare([*opening, *earlier, turn])
+        surplus = sample["input_ids"].count(self.placeholder) - vectors  # of an utterance that is too long
+        places = [place for place, token in enumerate(sample["input_ids"]) if token == self.placeholder][:surplus]
+        return {
+            **sample,
+            "input_ids": [token for place, token in enumerate(sample["input_ids"]) if place not in places],
+        }
 
     def _repeat(self, ids: list[int], count: int) -> list[int]:
-        place = ids.index(self.placeholder)
-        return [*ids[:place], *[self.placeholder] * count, *ids[place + 1 :]]
+        """Replace the placeholders, which are consecutive, by `count` of them."""
+        place, there = ids.index(self.placeholder), ids.count(self.placeholder)
+        return [*ids[:place], *[self.placeholder] * count, *ids[place + there :]]
 
     @cached_property
     def _repeats_placeholders(self) -> bool:
         one, two = (self.processor.prepare([*h, SOME_TURN])["input_ids"] for h in ([SOME_HISTORY], MORE_HISTORY))
-        return one.count(self.placeholder) == 1 and self._repeat(one, 2) == two
+        counts = [ids.count(self.placeholder) for ids in (one, two)]
+        return counts[0] > 0 and all(
+            self._repeat(one, count) == ids for count, ids in zip(counts, (one, two), strict=True)
+        )
 
 
 class ReplyText:
@@ -160,7 +188,7 @@ class _Prefix:
 
     ids: torch.Tensor  # (positions,), on the CPU
     cache: DynamicCache
-    dropped: int  # number of utterances older than the first memory vector in the prefix
+    dropped: int  # number of memory vectors older than the first one in the prefix
 
 
 @dataclass(frozen=True)
@@ -169,13 +197,14 @@ class _Memory:
 
     messages: list  # of dict
     state: object  # MemoryState
-    vectors: list  # of (hidden_size,) tensors: memory vectors of the newest utterances
+    ends: list[int]  # for each message, the number of memory vectors up to its end
+    vectors: list  # of (hidden_size,) tensors: the newest memory vectors
     text_tokens: int
     prefix: _Prefix | None
 
     @property
     def dropped(self) -> int:
-        return len(self.messages) - len(self.vectors)
+        return self.ends[-1] - len(self.vectors) if self.ends else 0
 
 
 @dataclass
@@ -194,7 +223,7 @@ class _Turn:
 class ChatSession:
     """
     A conversation with the model. Every utterance is read into the memory once; after that, it costs one vector
-    (paper's Sec. 3.2).
+    (paper's Sec. 3.2), or as many as the processor's `memory_tokens` and `memory_rate` say.
 
     Two states are carried from turn to turn. The memory encoder's state reads a new utterance without rereading the old
     utterances. The LLM's key-value cache of the prompt's prefix (the system prompt and the memory vectors so far) is
@@ -203,7 +232,7 @@ class ChatSession:
     sliding windows, each turn processes its whole prompt, with the same reply.
 
     At `max_memories` the oldest vectors leave the prompt, a quarter of `max_memories` at a time, so that the prompt
-    keeps between 3/4 of `max_memories` and all of them, and the prefix is rarely recomputed. The memory encoder's state
+    keeps about 3/4 of `max_memories` or more of them, and the prefix is rarely recomputed. The memory encoder's state
     has read all utterances, so the oldest utterances can still influence later vectors. `messages` keeps every
     utterance.
 
@@ -221,15 +250,16 @@ class ChatSession:
         last_turn (`TurnCost` or `None`): the cost of the last completed turn.
 
     Raises:
-        ValueError: for a `max_memories` under 1.
+        ValueError: for a `max_memories` under 1, or a processor whose memory has another size than the model's.
     """
 
     def __init__(self, model, processor, system: str | None = None, max_memories: int | None = None):
         if max_memories is not None and max_memories < 1:
             raise ValueError(f"max_memories is {max_memories}; give a number from 1 up, or None for no limit.")
+        check_memory_of(model, processor)
         self.model, self.processor, self.system, self.max_memories = model, processor, system, max_memories
         self.last_turn: TurnCost | None = None
-        self._memory = _Memory([], model.new_memory_state(), [], 0, None)
+        self._memory = _Memory([], model.new_memory_state(), [], [], 0, None)
         self._lock = Lock()
 
     @property
@@ -244,7 +274,7 @@ class ChatSession:
 
     @property
     def vectors(self) -> torch.Tensor:
-        """The memory vectors `(utterances, hidden_size)` of the newest utterances, at most `max_memories`."""
+        """The memory vectors `(vectors, hidden_size)` of the newest utterances, at most `max_memories`."""
         return self._stack(self._memory.vectors)
 
     # ------------------------------------------------------------------ public methods
@@ -346,6 +376,7 @@ class ChatSession:
         """
         tensors = {"vectors": self.vectors, **{f"state.{k}": v for k, v in self.state.state_dict().items()}}
         fields = {"messages": self.messages, "system": self.system, "max_memories": self.max_memories}
+        fields["ends"] = self._memory.ends
         record = {name: json.dumps(value) for name, value in fields.items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         if not os.fspath(path) or os.path.isdir(path):
@@ -390,8 +421,9 @@ class ChatSession:
                 f"{session.vectors.shape[1]}. Load it with the model that it was saved with."
             )
         session.state.load_state_dict({name.removeprefix("state."): tensor for name, tensor in tensors.items()})
+        ends = record.get("ends", list(range(1, len(messages) + 1)))  # files before there could be several vectors
         vectors = list(vectors.to(model.dtype))
-        session._memory = _Memory(messages, session.state, vectors, session._text_tokens(messages), None)
+        session._memory = _Memory(messages, session.state, ends, vectors, session._text_tokens(messages), None)
         return session
 
     # ------------------------------------------------------------------ the prompt
@@ -417,9 +449,10 @@ class ChatSession:
 
     def _inputs(self, content: list[dict]) -> dict[str, torch.Tensor]:
         """Return the processor's tensors for the whole conversation, without `memory_*`."""
-        count = len(self._memory.vectors)
-        earlier = self._memory.messages[-count:] if count else []
-        sample = self._prompts.write(self.system, earlier, {"role": "user", "content": content})
+        memory = self._memory
+        earlier = memory.messages[bisect_right(memory.ends, memory.dropped) :]
+        turn = {"role": "user", "content": content}
+        sample = self._prompts.write(self.system, earlier, turn, len(memory.vectors))
         return self.processor.pad([{**sample, "memory_input_ids": []}])
 
     def _text_tokens(self, messages: list[dict]) -> int:
@@ -517,13 +550,17 @@ class ChatSession:
         if not messages:
             return self._memory
         before, encode = self._memory, self.processor.encode_utterance
-        ids = [i for m in messages for i in encode(m.get("name") or m["role"], m["content"])]
+        rows = [encode(m.get("name") or m["role"], m["content"]) for m in messages]
+        ids = [i for row in rows for i in row]
         state = before.state.fork()
         new = self.model.append_to_memory(state, torch.tensor([ids], device=self.model.device))
-        all_messages = [*before.messages, *messages]
+        counts = accumulate(row.count(self.processor.mem_token_id) for row in rows)
+        start = before.ends[-1] if before.ends else 0
+        ends = [*before.ends, *(start + count for count in counts)]
         vectors = [*before.vectors, *new.to(self.model.dtype)]
-        vectors = vectors[max(0, dropped_memories(len(all_messages), self.max_memories) - before.dropped) :]
-        return _Memory(all_messages, state, vectors, before.text_tokens + self._text_tokens(messages), before.prefix)
+        vectors = vectors[max(0, dropped_memories(ends, self.max_memories) - before.dropped) :]
+        tokens = before.text_tokens + self._text_tokens(messages)
+        return _Memory([*before.messages, *messages], state, ends, vectors, tokens, before.prefix)
 
 
 # ---------------------------------------------------------------------- helpers for `generate`
