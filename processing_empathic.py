@@ -570,8 +570,8 @@ class EmpathicProcessor(ProcessorMixin):
         """
         Render a conversation, or a list of conversations, as prompts or model inputs.
 
-        The last user message is the turn. The earlier messages are the history, given as memory vectors; their media are
-        ignored. A leading system message replaces the template's system prompt.
+        The last user message is the turn. The earlier messages are the history, given as memory vectors; their media
+        are ignored. A leading system message replaces the template's system prompt.
 
         Args:
             conversation: message lists as in transformers. A media item holds `path`, `bytes`, or decoded media:

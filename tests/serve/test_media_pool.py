@@ -53,7 +53,9 @@ def test_many_clips_at_once_come_back_to_those_who_asked(make_pool, write_media,
     assert found == {number: 32 + 16 * number for number in range(6)}
 
 
-@pytest.mark.parametrize("data", [b"", b"hello there, this is no clip", random.Random(0).randbytes(5000), b"\x00" * 10_000])
+@pytest.mark.parametrize(
+    "data", [b"", b"hello there, this is no clip", random.Random(0).randbytes(5000), b"\x00" * 10_000]
+)
 def test_what_is_no_clip_is_refused_and_the_next_clip_is_read(make_pool, clip, data):
     restarts = []
     pool = make_pool(on_restart=lambda: restarts.append(1))
