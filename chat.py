@@ -5,13 +5,14 @@ import json
 import os
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +25,8 @@ from .compat_empathic import CACHE
 from .configuration_empathic import MEMORY_SIZE
 from .sampling import plain_decoding
 from .thoughts import WrittenDecoder, is_thought_so_far, read_written
+
+KEYS_PER_BLOCK = 256
 
 # A sample history and turn, used where only the structure of a prompt matters.
 SOME_HISTORY = {"role": "user", "content": "a"}
@@ -71,7 +74,9 @@ class PromptWriter:
     def __init__(self, processor, placeholder: int):
         self.processor, self.placeholder = processor, placeholder
 
-    def write(self, system: str | None, earlier: list[dict], turn: dict, vectors: int) -> dict:
+    def write(
+        self, system: str | None, earlier: list[dict], turn: dict, vectors: int, recalled: Sequence[dict] = ()
+    ) -> dict:
         """
         Return what `processor.prepare` returns for the conversation; `memory_input_ids` may be those of other text.
 
@@ -80,12 +85,13 @@ class PromptWriter:
             earlier: the messages that have a memory vector in the prompt.
             turn: the last message, of the user.
             vectors: the number of the newest memory vectors of these messages to use.
+            recalled: the messages to show as text too.
         """
         opening = [] if system is None else [{"role": "system", "content": system}]
         if earlier and self._repeats_placeholders:
-            sample = self.processor.prepare([*opening, SOME_HISTORY, turn])
+            sample = self.processor.prepare([*opening, SOME_HISTORY, turn], recalled=recalled)
             return {**sample, "input_ids": self._repeat(sample["input_ids"], vectors)}
-        sample = self.processor.prepare([*opening, *earlier, turn])
+        sample = self.processor.prepare([*opening, *earlier, turn], recalled=recalled)
         surplus = sample["input_ids"].count(self.placeholder) - vectors  # of an utterance that is too long
         places = [place for place, token in enumerate(sample["input_ids"]) if token == self.placeholder][:surplus]
         return {
@@ -172,6 +178,7 @@ class TurnCost:
         seconds (`float`): time of the whole turn, from reading the clip to adding the utterances to the memory.
         prefill_seconds (`float`): the part of `seconds` from the call of `generate` to the first token's logits,
             including the encoding of the clip.
+        recalled (`tuple[int, ...]`): the places in `messages` of the earlier utterances that the prompt had as text.
     """
 
     new_positions: int
@@ -180,6 +187,7 @@ class TurnCost:
     history_text_tokens: int
     seconds: float
     prefill_seconds: float
+    recalled: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -201,6 +209,7 @@ class _Memory:
     vectors: list  # of (hidden_size,) tensors: the newest memory vectors
     text_tokens: int
     prefix: _Prefix | None
+    keys: "Keys"
 
     @property
     def dropped(self) -> int:
@@ -218,6 +227,43 @@ class _Turn:
     cache: DynamicCache | None  # the cache that `generate` fills, if it is kept after the turn
     reused: int
     clock: "_Clock"
+    recalled: tuple[int, ...]
+
+
+class Keys:
+    """
+    A vector for each utterance of a conversation, by which the utterances that are like a new one are found. Immutable:
+    a longer one shares the blocks of a shorter one.
+
+    Args:
+        blocks: tensors (n, width), all but the last of `KEYS_PER_BLOCK` rows.
+        centered: whether similarity is measured from the mean of all keys. Memory vectors have much in common, which
+            says nothing.
+    """
+
+    def __init__(self, blocks: Sequence[torch.Tensor] = (), centered: bool = False):
+        self.blocks, self.centered = tuple(blocks), centered
+
+    def plus(self, new: torch.Tensor) -> "Keys":
+        """Return the keys with those of further utterances (n, width)."""
+        if not len(new):
+            return self
+        full = [block for block in self.blocks if len(block) == KEYS_PER_BLOCK]
+        rest = torch.cat([*self.blocks[len(full) :], new.float()])
+        return Keys([*full, *rest.split(KEYS_PER_BLOCK)], self.centered)
+
+    def tensor(self) -> torch.Tensor:
+        """Return all keys (utterances, width)."""
+        return torch.cat(self.blocks) if self.blocks else torch.zeros(0, 0)
+
+    def nearest(self, query: torch.Tensor, count: int) -> tuple[int, ...]:
+        """Return the places of the utterances whose keys have the largest cosine with a query (width,), in order."""
+        if not self.blocks:
+            return ()
+        known = sum(map(len, self.blocks))
+        mean = sum(block.sum(0) for block in self.blocks) / known if self.centered else torch.zeros_like(query)
+        near = torch.cat([torch.cosine_similarity(block - mean, query.float() - mean, dim=-1) for block in self.blocks])
+        return tuple(sorted(near.topk(min(count, known)).indices.tolist()))
 
 
 class ChatSession:
@@ -243,6 +289,12 @@ class ChatSession:
         processor: its `EmpathicProcessor`.
         system (`str`, *optional*): replaces the template's system prompt.
         max_memories (`int`, *optional*): the maximum number of memory vectors in a prompt; no limit by default.
+        recall (`int`): number of earlier utterances that a prompt also has as text: those most like the turn's text,
+            however old they are. 0 by default. A turn then processes these utterances too, at a cost that does not
+            depend on the length of the conversation.
+        embed (`Callable`, *optional*): with `recall`, a function of a list of texts that returns a vector for each
+            (n, width), a tensor or an array, such as `SentenceTransformer(...).encode`. By default, utterances are
+            compared by their memory vectors.
 
     The thought that a reasoning model writes before its reply is neither a part of the reply nor of the memory.
 
@@ -250,16 +302,28 @@ class ChatSession:
         last_turn (`TurnCost` or `None`): the cost of the last completed turn.
 
     Raises:
-        ValueError: for a `max_memories` under 1, or a processor whose memory has another size than the model's.
+        ValueError: for a `max_memories` under 1, a `recall` under 0, or a processor whose memory has another size than
+            the model's.
     """
 
-    def __init__(self, model, processor, system: str | None = None, max_memories: int | None = None):
+    def __init__(
+        self,
+        model,
+        processor,
+        system: str | None = None,
+        max_memories: int | None = None,
+        recall: int = 0,
+        embed: Callable[[list[str]], Any] | None = None,
+    ):
         if max_memories is not None and max_memories < 1:
             raise ValueError(f"max_memories is {max_memories}; give a number from 1 up, or None for no limit.")
+        if recall < 0:
+            raise ValueError(f"recall is {recall}; give a number from 0 up.")
         check_memory_of(model, processor)
         self.model, self.processor, self.system, self.max_memories = model, processor, system, max_memories
+        self.recall, self.embed = recall, embed
         self.last_turn: TurnCost | None = None
-        self._memory = _Memory([], model.new_memory_state(), [], [], 0, None)
+        self._memory = _Memory([], model.new_memory_state(), [], [], 0, None, Keys(centered=embed is None))
         self._lock = Lock()
 
     @property
@@ -376,7 +440,9 @@ class ChatSession:
         """
         tensors = {"vectors": self.vectors, **{f"state.{k}": v for k, v in self.state.state_dict().items()}}
         fields = {"messages": self.messages, "system": self.system, "max_memories": self.max_memories}
-        fields["ends"] = self._memory.ends
+        fields |= {"ends": self._memory.ends, "recall": self.recall}
+        if self.embed is None:
+            tensors["keys"] = self._memory.keys.tensor()
         record = {name: json.dumps(value) for name, value in fields.items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         if not os.fspath(path) or os.path.isdir(path):
@@ -395,9 +461,10 @@ class ChatSession:
                 os.remove(partial)
 
     @classmethod
-    def load(cls, path: str, model, processor) -> "ChatSession":
+    def load(cls, path: str, model, processor, embed: Callable[[list[str]], Any] | None = None) -> "ChatSession":
         """
-        Load a saved conversation, to continue it with the model and processor that it was saved with.
+        Load a saved conversation, to continue it with the model and processor that it was saved with, and with the
+        `embed` if it has one, which is not saved.
 
         Raises:
             OSError: if the file cannot be read.
@@ -413,7 +480,15 @@ class ChatSession:
             record["messages"], record["system"], tensors["vectors"]
         except (SafetensorError, ValueError, KeyError) as error:
             raise ValueError(f"{path} is no saved conversation. Give a file that was saved.") from error
-        session = cls(model, processor, system=record["system"], max_memories=record.get("max_memories"))
+        options = {name: record[name] for name in ("system", "max_memories", "recall") if name in record}
+        session = cls(model, processor, embed=embed, **options)
+        keys = Keys(centered=embed is None)
+        if session.recall:
+            saved = tensors.get("keys")
+            if embed is None and saved is None:
+                raise ValueError(f"{path} was saved by a session with `embed`. Give the same function as `embed`.")
+            keys = keys.plus(saved if embed is None else session._embed([m["content"] for m in record["messages"]]))
+        tensors.pop("keys", None)
         vectors, messages = tensors.pop("vectors"), record["messages"]
         if vectors.shape[1] != session.vectors.shape[1]:
             raise ValueError(
@@ -423,7 +498,7 @@ class ChatSession:
         session.state.load_state_dict({name.removeprefix("state."): tensor for name, tensor in tensors.items()})
         ends = record.get("ends", list(range(1, len(messages) + 1)))  # files before there could be several vectors
         vectors = list(vectors.to(model.dtype))
-        session._memory = _Memory(messages, session.state, ends, vectors, session._text_tokens(messages), None)
+        session._memory = _Memory(messages, session.state, ends, vectors, session._text_tokens(messages), None, keys)
         return session
 
     # ------------------------------------------------------------------ the prompt
@@ -447,12 +522,29 @@ class ChatSession:
     def _prompts(self) -> "PromptWriter":
         return PromptWriter(self.processor, self.model.config.memory_token_id)
 
-    def _inputs(self, content: list[dict]) -> dict[str, torch.Tensor]:
+    def _embed(self, texts: list[str]) -> torch.Tensor:
+        """Return the vectors (n, width) of texts from `embed`."""
+        return torch.as_tensor(self.embed(texts)).reshape(len(texts), -1) if texts else torch.zeros(0, 0)
+
+    def _recalled(self, text: str) -> tuple[int, ...]:
+        """Return the places of the earlier messages to show beside a turn's text."""
+        memory = self._memory
+        if not self.recall or not text or not memory.messages:
+            return ()
+        if self.embed is not None:
+            query = self._embed([text])[0]
+        else:  # the vector that the turn would have in the memory
+            ids = torch.tensor([self.processor.encode_utterance("user", text)], device=self.model.device)
+            query = self.model.append_to_memory(memory.state.fork(), ids).float().mean(0)
+        return memory.keys.nearest(query, self.recall)
+
+    def _inputs(self, content: list[dict], recalled: tuple[int, ...]) -> dict[str, torch.Tensor]:
         """Return the processor's tensors for the whole conversation, without `memory_*`."""
         memory = self._memory
         earlier = memory.messages[bisect_right(memory.ends, memory.dropped) :]
         turn = {"role": "user", "content": content}
-        sample = self._prompts.write(self.system, earlier, turn, len(memory.vectors))
+        shown = [memory.messages[place] for place in recalled]
+        sample = self._prompts.write(self.system, earlier, turn, len(memory.vectors), shown)
         return self.processor.pad([{**sample, "memory_input_ids": []}])
 
     def _text_tokens(self, messages: list[dict]) -> int:
@@ -468,7 +560,8 @@ class ChatSession:
         content = [_media_item(kind, clip) for kind, clip in (("audio", audio), ("video", video)) if clip is not None]
         if text:
             content.append({"type": "text", "text": text})
-        inputs = self._inputs(content)
+        recalled = self._recalled(text)
+        inputs = self._inputs(content, recalled)
         ids = inputs["input_ids"][0]
         if generate_kwargs.get("do_sample") is False and "generation_config" not in generate_kwargs:
             generate_kwargs = plain_decoding(**generate_kwargs)
@@ -486,7 +579,7 @@ class ChatSession:
         if new := self._memory.vectors[there:]:
             arguments["memory_vectors"] = self._stack(new)[None]
         arguments |= inputs.to(self.model.device)
-        return _Turn(text or "", ids, arguments, streams, cache, reused, clock)
+        return _Turn(text or "", ids, arguments, streams, cache, reused, clock, recalled)
 
     # ------------------------------------------------------------------ the key-value prefix
 
@@ -542,6 +635,7 @@ class ChatSession:
             history_text_tokens=before.text_tokens,
             seconds=seconds + time.perf_counter() - started,
             prefill_seconds=turn.clock.seconds,
+            recalled=turn.recalled,
         )
         self._memory = memory
 
@@ -554,13 +648,18 @@ class ChatSession:
         ids = [i for row in rows for i in row]
         state = before.state.fork()
         new = self.model.append_to_memory(state, torch.tensor([ids], device=self.model.device))
-        counts = accumulate(row.count(self.processor.mem_token_id) for row in rows)
+        counts = [row.count(self.processor.mem_token_id) for row in rows]
         start = before.ends[-1] if before.ends else 0
-        ends = [*before.ends, *(start + count for count in counts)]
+        ends = [*before.ends, *(start + count for count in accumulate(counts))]
+        keys = before.keys
+        if self.recall and self.embed is not None:
+            keys = keys.plus(self._embed([m["content"] for m in messages]))
+        elif self.recall:
+            keys = keys.plus(torch.stack([part.float().mean(0) for part in new.split(counts)]))
         vectors = [*before.vectors, *new.to(self.model.dtype)]
         vectors = vectors[max(0, dropped_memories(ends, self.max_memories) - before.dropped) :]
         tokens = before.text_tokens + self._text_tokens(messages)
-        return _Memory([*before.messages, *messages], state, ends, vectors, tokens, before.prefix)
+        return _Memory([*before.messages, *messages], state, ends, vectors, tokens, before.prefix, keys)
 
 
 # ---------------------------------------------------------------------- helpers for `generate`

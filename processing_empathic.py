@@ -1,7 +1,7 @@
 """Processor of the empathic model: turns conversations with media into tensors."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -332,7 +332,7 @@ class EmpathicProcessor(ProcessorMixin):
             raise ValueError("The last message is empty: give text, audio or video.")
         return system, read, turn
 
-    def _render(self, template: str, system, earlier, turn, **variables) -> list[tuple[bool, str]]:
+    def _render(self, template: str, system, earlier, turn, recalled, **variables) -> list[tuple[bool, str]]:
         """Render the prompt as pieces (whether the piece is untrusted text, string)."""
         untrusted = UntrustedTexts()
         mark = untrusted.mark
@@ -343,12 +343,20 @@ class EmpathicProcessor(ProcessorMixin):
 
         messages = [] if system is None else [{"role": "system", "content": mark(system["text"])}]
         messages += [{"role": message["role"], "content": line(message)} for message in earlier]
+        # A message is shown as the memory reads it; the lines follow the memory vectors in the template.
+        variables["recalled"] = "\n".join(mark(f"{message['name']}: {message['text']}") for message in recalled)
         sentence = None
         if turn is not None:
             sentence = mark(turn["text"]) if turn["text"] else None
             messages.append({"role": "user", "content": sentence or ""})
         variables = {**template_variables(self.tokenizer), "enable_thinking": False, **variables}
         rendered, _ = render_jinja_template([messages], chat_template=template, sentence=sentence, **variables)
+        if recalled and variables["recalled"] not in rendered[0]:
+            raise ValueError(
+                "The chat template has no slot `recalled` for earlier utterances. Use the task `dialogue`, and for a "
+                "processor that was saved without the slot set `processor.chat_template = default_chat_templates("
+                "find_chat_format(processor.tokenizer))`."
+            )
         return untrusted.split(rendered[0])
 
     def _template(self, task: str, chat_template: str | None) -> str:
@@ -367,7 +375,7 @@ class EmpathicProcessor(ProcessorMixin):
             )
         return templates[name]
 
-    def _prompt(self, messages, task, history, emotion, with_text, add_generation_prompt, chat_template):
+    def _prompt(self, messages, task, history, emotion, with_text, add_generation_prompt, chat_template, recalled=()):
         if history not in ("memory", "text"):
             raise ValueError(f"Unknown history {history!r}; use 'memory' or 'text'.")
         if task == "counter" and emotion not in EMOTIONS:
@@ -385,6 +393,7 @@ class EmpathicProcessor(ProcessorMixin):
             system,
             earlier,
             turn,
+            [self._read_message(i, message) for i, message in enumerate(recalled)],
             history=history,
             num_memories=memory_ids.count(self.mem_token_id),
             num_utterances=len(remembered),
@@ -437,10 +446,13 @@ class EmpathicProcessor(ProcessorMixin):
         generator: np.random.Generator | None = None,
         add_generation_prompt: bool = True,
         chat_template: str | None = None,
+        recalled: Sequence[dict] = (),
     ) -> dict:
         """
         Turn one conversation into model inputs, without padding. See `apply_chat_template` for the arguments. With a
         `generator`, frames are sampled at random as in training; without it they are evenly spaced.
+
+        `recalled` are earlier messages that the prompt of a dialogue also shows as text, after the memory vectors.
 
         A content item may hold the tower's cached outputs instead of the clip: `features` (frames, patches, width) of a
         video or (positions, width) of an audio clip.
@@ -450,7 +462,7 @@ class EmpathicProcessor(ProcessorMixin):
             `frames` and `sound`; `video_encoder_states` and `audio_encoder_states` of items with cached features.
         """
         pieces, memory_ids, turn = self._prompt(
-            messages, task, history, emotion, with_text, add_generation_prompt, chat_template
+            messages, task, history, emotion, with_text, add_generation_prompt, chat_template, recalled
         )
         input_ids = []
         for is_users, text in pieces:

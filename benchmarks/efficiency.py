@@ -213,8 +213,8 @@ def run(options: argparse.Namespace) -> dict:
         "command": f"python -m empathic.benchmarks.efficiency {' '.join(as_arguments(options))}".strip(),
         "name": name,
         "settings": {key: value for key, value in vars(options).items() if key not in ("run", "command", "table")},
-        "text": f"An utterance has {options.utterance} tokens of the language model and {vectors['vectors']:.3g} memory "
-        f"vector{'s' * (vectors['vectors'] != 1)}, one for {vectors['tokens']:.3g} tokens.",
+        "text": f"An utterance has {options.utterance} tokens of the language model and {vectors['vectors']:.3g} "
+        f"memory vector{'s' * (vectors['vectors'] != 1)}, one for {vectors['tokens']:.3g} tokens.",
         "memory": {"memory_tokens": processor.memory_tokens, "memory_rate": processor.memory_rate, **vectors},
         "machine": describe_machine(options.device),
         "histories": {},

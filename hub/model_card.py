@@ -275,8 +275,8 @@ def _text(runs: list[dict], model_id: str, kind: str, base: str | None, parts: d
     sections = [
         f"# {model_id.rpartition('/')[2] if model_id != HERE else 'An empathetic audio-visual chatbot'}",
         "A chatbot that takes the user's text, voice and face as input, remembers each utterance of a conversation as "
-        "a memory vector (or a few), and answers in text. Q-formers read the outputs of CLIP and Whisper, a Mamba model compresses the "
-        f"history, and a causal language model writes the reply. {whole}",
+        "a memory vector (or a few), and answers in text. Q-formers read the outputs of CLIP and Whisper, a Mamba "
+        f"model compresses the history, and a causal language model writes the reply. {whole}",
         f"An open implementation of the paper *{TITLE}* (Kim, Park, Ro; KAIST), with the `empathic` package. It is not "
         "the code or model of the authors.",
         "## Use",

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig, LogitsProcessor, TextStreamer
 
-from empathic.chat import ChatSession, dropped_memories
+from empathic.chat import ChatSession, Keys, dropped_memories
 from empathic.media_empathic import MediaError
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
@@ -604,6 +604,99 @@ def test_a_conversation_that_was_saved_without_the_ends_has_one_vector_an_uttera
 def test_a_processor_of_another_memory_is_an_error(sized, processor):
     with pytest.raises(ValueError, match="Load both from the same checkpoint"):
         ChatSession(sized[0], processor)
+
+
+# --------------------------------------------------------------------------------------- utterances recalled as text
+
+
+def letters(texts):
+    """An embedding for tests: how often each letter occurs."""
+    return [[float(text.count(letter)) for letter in "abcdefghijklmnopqrstuvwxyz"] for text in texts]
+
+
+@pytest.mark.parametrize("embed", [None, letters], ids=["memory vectors", "embed"])
+def test_recalled_utterances_are_in_the_prompt_and_nowhere_else(model, processor, calls, embed):
+    session, plain = ChatSession(model.eval(), processor, recall=2, embed=embed), ChatSession(model, processor)
+    for k, text in enumerate(TURNS):
+        before = list(session.messages)
+        reply = session.reply(text, **GREEDY)
+        places = session.last_turn.recalled
+        assert len(places) == min(2, len(before)) and list(places) == sorted(set(places))
+        shown = [before[place] for place in places]
+        sample = processor.prepare([*before, user(text)], recalled=shown)
+        assert calls[-1]["input_ids"][0].tolist() == sample["input_ids"]
+        written = processor.decode(sample["input_ids"])
+        assert all(f"\n{m['role']}: {m['content']}\n" in written for m in shown)
+        assert ("said before:" in written) == (k > 0)
+        assert reply == answer(model, processor, processor.pad([sample]), **GREEDY)
+        # The memory is that of a session that recalls nothing, bit for bit.
+        plain.remember(*session.messages[-2:])
+        assert torch.equal(session.vectors, plain.vectors)
+        assert all(torch.equal(one, other) for one, other in zip(
+            session.state.state_dict().values(), plain.state.state_dict().values(), strict=True
+        ))  # fmt: skip
+    assert session.last_turn.reused_positions > 0
+
+
+def test_the_most_similar_utterances_are_recalled(model, processor):
+    session = ChatSession(model.eval(), processor, recall=1, embed=letters)
+    session.remember(*talk(2))
+    session.reply("thanks i am fine", **GREEDY)
+    assert session.messages[session.last_turn.recalled[0]]["content"] == "i am fine thanks"
+    own = ChatSession(model.eval(), processor, recall=2)
+    own.remember(*talk(4))
+    own.reply("", audio={"audio": torch.zeros(1600).numpy(), "sampling_rate": 16000}, **GREEDY)
+    assert own.last_turn.recalled == ()  # there is no text to compare
+
+
+def test_a_turn_that_recalls_costs_the_same_early_and_late(model, processor):
+    session, positions = ChatSession(model.eval(), processor, recall=3, embed=letters), []
+    session.remember(*[{"role": "user", "content": "how are you"}] * 6)
+    for more in (0, 900):
+        session.remember(*[{"role": "user", "content": "how are you"}] * more)
+        session.reply("how are you", **GREEDY)
+        session.reply("how are you", **GREEDY)
+        positions.append(session.last_turn.new_positions)
+    assert positions[0] == positions[1]
+
+
+def test_what_is_recalled_survives_saving(sized, tmp_path):
+    model, processor = sized
+    for embed in (None, letters):
+        session = ChatSession(model, processor, recall=2, embed=embed)
+        session.remember(*talk(4))
+        session.save(str(tmp_path / "conversation"))
+        loaded = ChatSession.load(str(tmp_path / "conversation"), model, processor, embed=embed)
+        for text in TURNS[:2]:
+            assert loaded.reply(text, **GREEDY) == session.reply(text, **GREEDY)
+            assert loaded.last_turn.recalled == session.last_turn.recalled
+    with pytest.raises(ValueError, match="Give the same function as `embed`"):
+        ChatSession.load(str(tmp_path / "conversation"), model, processor)
+    with pytest.raises(ValueError, match="recall is -1"):
+        ChatSession(model, processor, recall=-1)
+
+
+def test_nearest_keys_are_those_of_all_keys_at_once():
+    vectors, query = torch.randn(700, 5), torch.randn(5)
+    keys = Keys(centered=True)
+    for part in vectors.split(37):
+        keys = keys.plus(part)
+    assert torch.equal(keys.tensor(), vectors) and {len(block) for block in keys.blocks[:-1]} == {256}
+    mean = vectors.mean(0)
+    near = torch.cosine_similarity(vectors - mean, query - mean, dim=-1)
+    assert keys.nearest(query, 9) == tuple(sorted(near.topk(9).indices.tolist()))
+    assert len(keys.nearest(query, 1000)) == 700 and Keys().nearest(query, 3) == ()
+
+
+def test_a_template_without_a_slot_for_recalled_utterances_is_an_error(model, base_folder):
+    from empathic.processing_empathic import EmpathicProcessor
+
+    processor = EmpathicProcessor.from_pretrained(base_folder)
+    processor.chat_template = {**processor.chat_template, "default": SHOWING}
+    session = ChatSession(model.eval(), processor, recall=1)
+    session.reply("hello", **GREEDY)
+    with pytest.raises(ValueError, match="no slot `recalled`"):
+        session.reply("hello", **GREEDY)
 
 
 def test_save_and_load_go_on_alike(model, processor, tmp_path, calls):
