@@ -21,6 +21,7 @@ def reconstruction(arguments) -> int:
         bertscore_model=None if arguments.bertscore_model == "none" else arguments.bertscore_model,
         bertscore_layer=arguments.bertscore_layer,
         examples=arguments.examples,
+        compare=arguments.compare,
     )
     results = run(arguments.model, arguments.data, arguments.output, options)
     for length, row in results["scores"].items():
@@ -166,6 +167,10 @@ def add_reconstruction(commands) -> None:
         "--bertscore_layer", type=positive, metavar="N", help="layer to use, needed if the model is a folder"
     )
     sub.add_argument("--examples", type=int, default=3, metavar="N", help="examples per length to save (%(default)s)")
+    sub.add_argument(
+        "--compare", nargs="+", default=[], metavar="FOLDER",
+        help="output folders for other checkpoints, drawn in the same plot of quality by memory vectors per token",
+    )  # fmt: skip
 
 
 def add_efficiency(commands) -> None:

@@ -75,7 +75,9 @@ def test_what_does_not_depend_on_the_question_is_processed_once(model, processor
     for arm in ARMS:
         first, second = arms.answer(arm, "what did he say"), arms.answer(arm, "how are you")
         assert second.new_positions < second.positions
-        assert (first.new_positions < first.positions) == (arm != "retrieval")  # which has nothing but the system prompt
+        assert (first.new_positions < first.positions) == (
+            arm != "retrieval"
+        )  # which has nothing but the system prompt
         # A new object answers alike, from nothing.
         assert build(model, processor).answer(arm, "how are you").text == second.text
         assert arms.reading_seconds[arm] > 0
