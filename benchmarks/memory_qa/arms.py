@@ -147,7 +147,7 @@ class Arms:
             )
         self.reading_seconds: dict[str, float] = {}  # of each arm, for what does not depend on the question
         self._sessions: dict[str, ChatSession] = {}
-        self._finder: ChatSession | None = None
+        self._recalling: tuple[ChatSession, float] | None = None
         self._starts: dict[str, int] = {}
         self._prefixes: dict[str, tuple[list[int], DynamicCache]] = {}
         self._keys: Keys | None = None
@@ -159,8 +159,8 @@ class Arms:
         """Answer a question in an arm."""
         if arm not in self.reading_seconds:
             start = time.perf_counter()
-            self._begin(arm)
-            self.reading_seconds[arm] = time.perf_counter() - start
+            elsewhere = self._begin(arm)
+            self.reading_seconds[arm] = time.perf_counter() - start + elsewhere
         if arm in self._sessions:
             return self._from_memory(self._sessions[arm].fork(), question)
         start, places = time.perf_counter(), range(self._starts.get(arm, len(self.said)), len(self.said))
@@ -171,7 +171,9 @@ class Arms:
 
     # ------------------------------------------------------------------ what does not depend on the question
 
-    def _begin(self, arm: str) -> None:
+    def _begin(self, arm: str) -> float:
+        """Prepare an arm; return the seconds that another arm has spent on what this one uses too."""
+        known, elsewhere = self._recalling, 0.0
         if arm == "full":
             self._starts[arm] = self._first_that_fits()
         elif arm == "last":
@@ -179,10 +181,26 @@ class Arms:
         elif arm == "retrieval":
             self._near("")
         else:
-            self._sessions[arm] = self._session(self.settings.top_k if arm == "memory_retrieval" else 0)
-            self._sessions[arm].warm_up()
+            session, seconds = self._recalling_session()
+            elsewhere = 0.0 if known is None else seconds
+            if arm == "memory":
+                if session.remembered < len(self.said):  # without recalled turns there may be room for more vectors
+                    session, elsewhere = self._session(0), 0.0
+                session = session.fork()
+                session.recall = 0
+            self._sessions[arm] = session
+            session.warm_up()
         if arm in ("full", "last"):
             self._from_text(arm, self.said[self._starts[arm] :], self.longest, 0.0, max_new_tokens=1)
+        return elsewhere
+
+    def _recalling_session(self) -> tuple[ChatSession, float]:
+        """A session that has read the conversation and recalls turns, and the seconds that the reading took."""
+        if self._recalling is None:
+            start = time.perf_counter()
+            session = self._session(self.settings.top_k)
+            self._recalling = session, time.perf_counter() - start
+        return self._recalling
 
     def _session(self, recall: int) -> ChatSession:
         # Recalled turns take positions too; they are counted as the longest ones.
@@ -198,9 +216,7 @@ class Arms:
     def _near(self, question: str) -> tuple[int, ...]:
         """The places of the turns most like a question."""
         if self.embed is None:
-            if self._finder is None:
-                self._finder = self._session(self.settings.top_k)
-            return self._finder.similar(question)
+            return self._recalling_session()[0].similar(question)
         if self._keys is None:
             self._keys = Keys().plus(torch.as_tensor(self.embed([turn.text for turn in self.said])))
         return self._keys.nearest(torch.as_tensor(self.embed([question]))[0], self.settings.top_k)
