@@ -97,6 +97,8 @@ def turn_rows(turns: dict, arms: dict, reply: int) -> list[dict]:
             turns[late]["reading"] / turns[late]["encoding"]),
         row(f"whole streaming turn with a reply of {reply} tokens / turn of a new session",
             turns[late]["streaming"] / turns[late]["anew"]),
+        row(f"whole streaming turn at {late} utterances with a reply of {reply} tokens / the language model alone over "
+            "the same positions", turns[late]["streaming"] / turns[late]["model"]),
     ]  # fmt: skip
 
 

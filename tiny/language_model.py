@@ -272,7 +272,7 @@ def _pretrain(rank, processes, folder, tokenizer, dialogues, options):
     model = Qwen2ForCausalLM(tiny_text_config(tokenizer) if config is None else config)
     writer = PromptWriter(tokenizer, options["num_query_tokens"])
     start_with_copying(model, writer.placeholder_ids["memory"], seed=seed)
-    tasks = PretrainingTasks(writer, dialogues, seed, options["long_turns"])
+    tasks = PretrainingTasks(writer, dialogues, seed)
     pretrainer = Pretrainer(model, writer, word_weights(writer, dialogues))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=options["learning_rate"], betas=(0.9, 0.98), weight_decay=0.01, fused=True
@@ -316,7 +316,6 @@ def pretrain_language_model(
     config=None,
     progress=True,
     processes=1,
-    long_turns=False,
 ):
     """Pretrain the tiny language model and save it with its tokenizer as an ordinary Hugging Face folder.
 
@@ -330,14 +329,13 @@ def pretrain_language_model(
         num_query_tokens: number of placeholders for the voice, and for the face.
         config: `Qwen2Config`; `tiny_text_config(tokenizer)` by default.
         processes: processes of one thread each that divide the tasks of a step.
-        long_turns: see `PretrainingTasks`.
 
     Returns:
         The loss of each step, a list of floats (nats per token).
     """
     options = {
         "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
-        "num_query_tokens": num_query_tokens, "config": config, "progress": progress, "long_turns": long_turns,
+        "num_query_tokens": num_query_tokens, "config": config, "progress": progress,
     }  # fmt: skip
     output_dir = Path(output_dir)
     output_dir.parent.mkdir(parents=True, exist_ok=True)

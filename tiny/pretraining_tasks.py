@@ -18,7 +18,6 @@ from .dialogues import ASSISTANT, CONTENT_WORDS, USER, forget, grammar_words, re
 
 REPEAT_PROMPT = "Repeat the words."
 MAX_UTTERANCES = 5  # maximum number of vectors in `rebuild_many`
-LONG_RATE = 16  # tokens for each vector of a long turn
 RANDOM_SHARE = 0.2  # share of rebuilding samples with random words, which cannot be guessed without reading the vector
 # Steps alternate between two mixtures, because many small groups of samples are slower than a few larger groups. The
 # numbers are the shares of the tasks.
@@ -34,16 +33,8 @@ def prompt_texts():
     texts = [*grammar_words(), REPEAT_PROMPT]
     for task in ("dialogue", "emotion", "memory", "counter"):
         for num_memories in (1, 2):
-            texts += _pieces(task, None, True, num_memories, num_memories, True, True, "happy", ())
+            texts += _pieces(task, None, True, num_memories, True, True, "happy", ())
     return texts
-
-
-def long_turn(dialogue, rng):
-    """Make one turn of the text of one to three turns of a speaker: `speaker` and `text`."""
-    speaker = rng.choice(dialogue)["speaker"]
-    texts = [turn["text"] for turn in dialogue if turn["speaker"] == speaker]
-    start = rng.randrange(len(texts))
-    return {"speaker": speaker, "text": " ".join(texts[start : start + rng.randint(1, 3)])}
 
 
 def memory_line(turn):
@@ -52,7 +43,7 @@ def memory_line(turn):
 
 
 @cache
-def _pieces(task, system, has_sentence, num_memories, num_utterances, audio, video, emotion, roles):
+def _pieces(task, system, has_sentence, num_memories, audio, video, emotion, roles):
     """Render a prompt and split it where texts are inserted: the turns of the history, then the sentence."""
     template = default_chat_templates()["default" if task == "dialogue" else task]
     messages = [] if system is None else [{"role": "system", "content": system}]
@@ -63,7 +54,7 @@ def _pieces(task, system, has_sentence, num_memories, num_utterances, audio, vid
         sentence=_MARK if has_sentence and task != "memory" else None,
         history="text",
         num_memories=num_memories,
-        num_utterances=num_utterances,
+        num_utterances=num_memories,
         memory_placeholder="<|memory|>",
         audio=audio,
         video=video,
@@ -99,16 +90,7 @@ class PromptWriter:
         return self._known[text]
 
     def prompt(
-        self,
-        task,
-        sentence=None,
-        system=None,
-        num_memories=0,
-        num_utterances=None,
-        audio=False,
-        video=False,
-        emotion=None,
-        history=(),
+        self, task, sentence=None, system=None, num_memories=0, audio=False, video=False, emotion=None, history=()
     ):
         """Return the token ids of a prompt, a list.
 
@@ -116,12 +98,11 @@ class PromptWriter:
             task: `dialogue`, `emotion`, `memory` or `counter`.
             sentence: the last user sentence.
             system: a system message that replaces the template's.
-            num_memories, num_utterances: memory vectors, and the utterances that they hold; by default one each.
             history: earlier turns as (role, text), rendered as chat turns.
         """
-        num_utterances = num_memories if num_utterances is None else num_utterances
-        counts, roles = (num_memories, num_utterances), tuple(role for role, _ in history)
-        pieces = _pieces(task, system, sentence is not None, *counts, audio, video, emotion, roles)
+        pieces = _pieces(
+            task, system, sentence is not None, num_memories, audio, video, emotion, tuple(r for r, _ in history)
+        )
         texts = [text for _, text in history] + ([] if sentence is None else [sentence])
         ids = []
         for i, piece in enumerate(pieces):
@@ -146,11 +127,9 @@ class PretrainingTasks:
         writer: `PromptWriter`.
         dialogues: conversations from `make_dialogues`.
         seed: seed of the samples.
-        long_turns: also rebuild utterances of up to three turns (`long_turn`) from one vector, from two, or from one
-            for every `LONG_RATE` tokens: for a memory with several vectors for an utterance.
     """
 
-    def __init__(self, writer, dialogues, seed=0, long_turns=False):
+    def __init__(self, writer, dialogues, seed=0):
         self.writer = writer
         self.dialogues = dialogues
         self.user_turns = [turn for dialogue in dialogues for turn in dialogue if turn["speaker"] != ASSISTANT]
@@ -158,7 +137,6 @@ class PretrainingTasks:
         self.words = grammar_words()
         self.content_words = sorted(CONTENT_WORDS)
         self.rng = random.Random(seed)
-        self.long_turns = long_turns
         self._tasks = {
             "rebuild_one": lambda: self._rebuild(1),
             "rebuild_many": lambda: self._rebuild(self.rng.randint(2, MAX_UTTERANCES)),
@@ -202,22 +180,7 @@ class PretrainingTasks:
             count = min(count, len(dialogue))
             start = self.rng.randint(0, len(dialogue) - count)
             lines = [memory_line(turn) for turn in dialogue[start : start + count]]
-            if self.long_turns and count == 1:
-                lines = [memory_line(long_turn(dialogue, self.rng))]
-        if self.long_turns:
-            return self._rebuild_long(lines)
         return self._finish(self.writer.prompt("memory", num_memories=len(lines)), "\n".join(lines), lines)
-
-    def _rebuild_long(self, lines):
-        """Rebuild utterances each of which is divided among several vectors."""
-        way, parts = self.rng.choice(("one", "two", "rate")), []
-        for line in lines:
-            ids = self.writer.encode(line)
-            count = {"one": 1, "two": 2, "rate": -(-len(ids) // LONG_RATE)}[way]
-            size = -(-len(ids) // count)
-            parts += [ids[start : start + size] for start in range(0, len(ids), size)]
-        prompt = self.writer.prompt("memory", num_memories=len(parts), num_utterances=len(lines))
-        return {**self._finish(prompt, "\n".join(lines)), "utterances": parts}
 
     def _reply(self, as_vectors):
         dialogue = self.rng.choice(self.dialogues)

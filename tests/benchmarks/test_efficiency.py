@@ -16,7 +16,7 @@ from empathic.benchmarks.efficiency_arms import (
     preset_parts,
     shared,
 )
-from empathic.benchmarks.efficiency_turns import measure_turns, session_at
+from empathic.benchmarks.efficiency_turns import language_model_alone, measure_turns, session_at
 from empathic.benchmarks.memory_plan import weight_bytes
 from empathic.benchmarks.scan import compare, encoder_sides, peaks, scan_sides
 from empathic.cli import build_parser
@@ -152,7 +152,19 @@ def test_whole_turns(model, processor):
     conversations = {turns: make_conversation(processor, turns, 6) for turns in (4, 8)}
     found = measure_turns(model.eval(), processor, conversations, reply=2, repeats=1)
     assert found[4]["new_positions"] == found[8]["new_positions"]
-    assert all(found[4][key] >= 0 for key in ("streaming", "anew", "encoding", "reading"))
+    assert all(found[4][key] >= 0 for key in ("streaming", "anew", "encoding", "reading", "model"))
+
+
+def test_the_language_model_alone_runs_over_the_positions_of_a_turn(model):
+    seen = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    with torch.inference_mode():
+        run = language_model_alone(model.eval(), positions=5, reused=7, reply=3)
+        run()
+        run()
+    assert seen == [7, 5, 1, 1, 5, 1, 1]
 
 
 def test_the_scan_equals_the_default_and_takes_less_memory():
