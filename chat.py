@@ -54,7 +54,9 @@ def dropped_memories(ends: Sequence[int], max_memories: int | None) -> int:
 
 def check_memory_of(model, processor) -> None:
     """Raise a ValueError if a model and a processor differ in the number of memory vectors of an utterance."""
-    own, other = ({name: getattr(of, name) for name in MEMORY_SIZE} for of in (model.config, processor))
+    # The code that an older checkpoint brings along knows one vector only.
+    plain = dict(zip(MEMORY_SIZE, (1, None), strict=True))
+    own, other = ({name: getattr(of, name, plain[name]) for name in plain} for of in (model.config, processor))
     if own != other:
         raise ValueError(f"The model has {own}, but its processor {other}. Load both from the same checkpoint.")
 
@@ -88,16 +90,15 @@ class PromptWriter:
             recalled: the messages to show as text too.
         """
         opening = [] if system is None else [{"role": "system", "content": system}]
+        more = {"recalled": recalled} if recalled else {}
         if earlier and self._repeats_placeholders:
-            sample = self.processor.prepare([*opening, SOME_HISTORY, turn], recalled=recalled)
+            sample = self.processor.prepare([*opening, SOME_HISTORY, turn], **more)
             return {**sample, "input_ids": self._repeat(sample["input_ids"], vectors)}
-        sample = self.processor.prepare([*opening, *earlier, turn], recalled=recalled)
-        surplus = sample["input_ids"].count(self.placeholder) - vectors  # of an utterance that is too long
-        places = [place for place, token in enumerate(sample["input_ids"]) if token == self.placeholder][:surplus]
-        return {
-            **sample,
-            "input_ids": [token for place, token in enumerate(sample["input_ids"]) if place not in places],
-        }
+        sample = self.processor.prepare([*opening, *earlier, turn], **more)
+        ids = list(sample["input_ids"])
+        for _ in range(ids.count(self.placeholder) - vectors):  # the oldest vectors of an utterance over the limit
+            ids.remove(self.placeholder)
+        return {**sample, "input_ids": ids}
 
     def _repeat(self, ids: list[int], count: int) -> list[int]:
         """Replace the placeholders, which are consecutive, by `count` of them."""

@@ -601,6 +601,22 @@ def test_a_conversation_that_was_saved_without_the_ends_has_one_vector_an_uttera
     assert loaded.reply("hello", **GREEDY) == session.reply("hello", **GREEDY)
 
 
+def test_a_processor_with_the_code_of_an_older_checkpoint_still_works(model, processor, calls):
+    """A checkpoint brings its own code along, which may know neither several vectors nor recalled utterances."""
+    import copy
+
+    older = copy.copy(processor)
+    del older.memory_tokens, older.memory_rate
+    older.encode_utterance = lambda name, text: [
+        *processor.encode_plain(f"{name}: {text}", processor.memory_tokenizer), processor.mem_token_id
+    ]  # fmt: skip
+    older.prepare = lambda messages, task="dialogue", history="memory": processor.prepare(messages, task, history)
+    old, new = ChatSession(model.eval(), older), ChatSession(model, processor)
+    for text in TURNS[:3]:
+        assert old.reply(text, **GREEDY) == new.reply(text, **GREEDY)
+        assert torch.equal(calls[-1]["input_ids"], calls[-2]["input_ids"])
+
+
 def test_a_processor_of_another_memory_is_an_error(sized, processor):
     with pytest.raises(ValueError, match="Load both from the same checkpoint"):
         ChatSession(sized[0], processor)
