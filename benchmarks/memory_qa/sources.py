@@ -149,7 +149,9 @@ def load_locomo(content: list[dict], corrections: Mapping[str, dict] | None = No
                 found.left_out.append((f"{name} question {place}", "no question, no answer or an unknown category"))
                 continue
             listed = corrected.get("correct_evidence") or qa.get("evidence") or []
-            evidence = re.findall(r"D\d+:\d+", " ".join(map(str, listed)))  # some entries hold several ids
+            # Some entries hold several ids, some have leading zeros.
+            found_ids = re.findall(r"D(\d+):(\d+)", " ".join(map(str, listed)))
+            evidence = [f"D{int(session)}:{int(place)}" for session, place in found_ids]
             missing = [one for one in evidence if one not in ids]
             if missing or (listed and not evidence):
                 found.left_out.append((f"{name} question {place}", f"evidence that is no turn: {listed}"))

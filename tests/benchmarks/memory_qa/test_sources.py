@@ -26,7 +26,7 @@ def locomo():
                 "session_10": [{"speaker": "Clara", "dia_id": "D10:1", "text": "thanks"}],
             },
             "qa": [
-                {"question": "Who has a dog?", "answer": "Bo", "evidence": ["D1:2; D2:1"], "category": 1},
+                {"question": "Who has a dog?", "answer": "Bo", "evidence": ["D1:02; D2:1"], "category": 1},
                 {"question": "When was that?", "answer": 2023, "evidence": ["D1:2"], "category": 2},
                 {"question": "Why?", "answer": "Unknown; it is old", "evidence": [], "category": 3},
                 {"question": "Who is fine?", "answer": "Bo", "evidence": ["D9:9"], "category": 4},
