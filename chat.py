@@ -4,12 +4,15 @@ import copy
 import json
 import os
 import time
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,8 +22,11 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation import BaseStreamer, GenerationMode
 
 from .compat_empathic import CACHE
+from .configuration_empathic import MEMORY_SIZE
 from .sampling import plain_decoding
 from .thoughts import WrittenDecoder, is_thought_so_far, read_written
+
+KEYS_PER_BLOCK = 256
 
 # A sample history and turn, used where only the structure of a prompt matters.
 SOME_HISTORY = {"role": "user", "content": "a"}
@@ -28,15 +34,31 @@ MORE_HISTORY = [{"role": "user", "content": "b"}, {"role": "assistant", "content
 SOME_TURN = {"role": "user", "content": "d"}
 
 
-def dropped_memories(utterances: int, max_memories: int | None) -> int:
+def dropped_memories(ends: Sequence[int], max_memories: int | None) -> int:
     """
-    Return how many of the oldest memory vectors a prompt leaves out: a quarter of `max_memories` at a time. The number
-    depends only on the number of utterances, not on how turns grouped them.
+    Return how many of the oldest memory vectors a prompt leaves out: those of whole utterances, at least a quarter of
+    `max_memories` at a time. Only the newest utterance is divided, if it alone has more vectors than `max_memories`.
+    The number depends only on the utterances, not on how turns grouped them.
+
+    Args:
+        ends: for each utterance, the number of vectors up to its end.
+        max_memories: the maximum number of vectors in a prompt, or None.
     """
-    if max_memories is None:
+    if max_memories is None or not ends or ends[-1] <= max_memories:
         return 0
     block = max(1, max_memories // 4)
-    return -(-max(0, utterances - max_memories) // block) * block
+    least = -(-(ends[-1] - max_memories) // block) * block
+    last = bisect_left(ends, least)
+    return ends[last] if last < len(ends) - 1 else least
+
+
+def check_memory_of(model, processor) -> None:
+    """Raise a ValueError if a model and a processor differ in the number of memory vectors of an utterance."""
+    # The code that an older checkpoint brings along knows one vector only.
+    plain = dict(zip(MEMORY_SIZE, (1, None), strict=True))
+    own, other = ({name: getattr(of, name, plain[name]) for name in plain} for of in (model.config, processor))
+    if own != other:
+        raise ValueError(f"The model has {own}, but its processor {other}. Load both from the same checkpoint.")
 
 
 class PromptWriter:
@@ -44,7 +66,7 @@ class PromptWriter:
     Writes the prompt of a turn at a cost that does not depend on the length of the history.
 
     The history enters this project's template as consecutive placeholders only, so it is not rendered: the placeholder
-    of one utterance is repeated. With other templates, the whole history is rendered at every turn.
+    of one vector is repeated. With other templates, the whole history is rendered at every turn.
 
     Args:
         processor: an `EmpathicProcessor`.
@@ -54,7 +76,9 @@ class PromptWriter:
     def __init__(self, processor, placeholder: int):
         self.processor, self.placeholder = processor, placeholder
 
-    def write(self, system: str | None, earlier: list[dict], turn: dict) -> dict:
+    def write(
+        self, system: str | None, earlier: list[dict], turn: dict, vectors: int, recalled: Sequence[dict] = ()
+    ) -> dict:
         """
         Return what `processor.prepare` returns for the conversation; `memory_input_ids` may be those of other text.
 
@@ -62,21 +86,32 @@ class PromptWriter:
             system: replaces the template's system prompt.
             earlier: the messages that have a memory vector in the prompt.
             turn: the last message, of the user.
+            vectors: the number of the newest memory vectors of these messages to use.
+            recalled: the messages to show as text too.
         """
         opening = [] if system is None else [{"role": "system", "content": system}]
-        if not earlier or not self._repeats_placeholders:
-            return self.processor.prepare([*opening, *earlier, turn])
-        sample = self.processor.prepare([*opening, SOME_HISTORY, turn])
-        return {**sample, "input_ids": self._repeat(sample["input_ids"], len(earlier))}
+        more = {"recalled": recalled} if recalled else {}
+        if earlier and self._repeats_placeholders:
+            sample = self.processor.prepare([*opening, SOME_HISTORY, turn], **more)
+            return {**sample, "input_ids": self._repeat(sample["input_ids"], vectors)}
+        sample = self.processor.prepare([*opening, *earlier, turn], **more)
+        ids = list(sample["input_ids"])
+        for _ in range(ids.count(self.placeholder) - vectors):  # the oldest vectors of an utterance over the limit
+            ids.remove(self.placeholder)
+        return {**sample, "input_ids": ids}
 
     def _repeat(self, ids: list[int], count: int) -> list[int]:
-        place = ids.index(self.placeholder)
-        return [*ids[:place], *[self.placeholder] * count, *ids[place + 1 :]]
+        """Replace the placeholders, which are consecutive, by `count` of them."""
+        place, there = ids.index(self.placeholder), ids.count(self.placeholder)
+        return [*ids[:place], *[self.placeholder] * count, *ids[place + there :]]
 
     @cached_property
     def _repeats_placeholders(self) -> bool:
         one, two = (self.processor.prepare([*h, SOME_TURN])["input_ids"] for h in ([SOME_HISTORY], MORE_HISTORY))
-        return one.count(self.placeholder) == 1 and self._repeat(one, 2) == two
+        counts = [ids.count(self.placeholder) for ids in (one, two)]
+        return counts[0] > 0 and all(
+            self._repeat(one, count) == ids for count, ids in zip(counts, (one, two), strict=True)
+        )
 
 
 class ReplyText:
@@ -144,6 +179,7 @@ class TurnCost:
         seconds (`float`): time of the whole turn, from reading the clip to adding the utterances to the memory.
         prefill_seconds (`float`): the part of `seconds` from the call of `generate` to the first token's logits,
             including the encoding of the clip.
+        recalled (`tuple[int, ...]`): the places in `messages` of the earlier utterances that the prompt had as text.
     """
 
     new_positions: int
@@ -152,6 +188,7 @@ class TurnCost:
     history_text_tokens: int
     seconds: float
     prefill_seconds: float
+    recalled: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -160,7 +197,7 @@ class _Prefix:
 
     ids: torch.Tensor  # (positions,), on the CPU
     cache: DynamicCache
-    dropped: int  # number of utterances older than the first memory vector in the prefix
+    dropped: int  # number of memory vectors older than the first one in the prefix
 
 
 @dataclass(frozen=True)
@@ -169,13 +206,15 @@ class _Memory:
 
     messages: list  # of dict
     state: object  # MemoryState
-    vectors: list  # of (hidden_size,) tensors: memory vectors of the newest utterances
+    ends: list[int]  # for each message, the number of memory vectors up to its end
+    vectors: list  # of (hidden_size,) tensors: the newest memory vectors
     text_tokens: int
     prefix: _Prefix | None
+    keys: "Keys"
 
     @property
     def dropped(self) -> int:
-        return len(self.messages) - len(self.vectors)
+        return self.ends[-1] - len(self.vectors) if self.ends else 0
 
 
 @dataclass
@@ -189,12 +228,49 @@ class _Turn:
     cache: DynamicCache | None  # the cache that `generate` fills, if it is kept after the turn
     reused: int
     clock: "_Clock"
+    recalled: tuple[int, ...]
+
+
+class Keys:
+    """
+    A vector for each utterance of a conversation, by which the utterances that are like a new one are found. Immutable:
+    a longer one shares the blocks of a shorter one.
+
+    Args:
+        blocks: tensors (n, width), all but the last of `KEYS_PER_BLOCK` rows.
+        centered: whether similarity is measured from the mean of all keys. Memory vectors have much in common, which
+            says nothing.
+    """
+
+    def __init__(self, blocks: Sequence[torch.Tensor] = (), centered: bool = False):
+        self.blocks, self.centered = tuple(blocks), centered
+
+    def plus(self, new: torch.Tensor) -> "Keys":
+        """Return the keys with those of further utterances (n, width)."""
+        if not len(new):
+            return self
+        full = [block for block in self.blocks if len(block) == KEYS_PER_BLOCK]
+        rest = torch.cat([*self.blocks[len(full) :], new.float()])
+        return Keys([*full, *rest.split(KEYS_PER_BLOCK)], self.centered)
+
+    def tensor(self) -> torch.Tensor:
+        """Return all keys (utterances, width)."""
+        return torch.cat(self.blocks) if self.blocks else torch.zeros(0, 0)
+
+    def nearest(self, query: torch.Tensor, count: int) -> tuple[int, ...]:
+        """Return the places of the utterances whose keys have the largest cosine with a query (width,), in order."""
+        if not self.blocks:
+            return ()
+        known = sum(map(len, self.blocks))
+        mean = sum(block.sum(0) for block in self.blocks) / known if self.centered else torch.zeros_like(query)
+        near = torch.cat([torch.cosine_similarity(block - mean, query.float() - mean, dim=-1) for block in self.blocks])
+        return tuple(sorted(near.topk(min(count, known)).indices.tolist()))
 
 
 class ChatSession:
     """
     A conversation with the model. Every utterance is read into the memory once; after that, it costs one vector
-    (paper's Sec. 3.2).
+    (paper's Sec. 3.2), or as many as the processor's `memory_tokens` and `memory_rate` say.
 
     Two states are carried from turn to turn. The memory encoder's state reads a new utterance without rereading the old
     utterances. The LLM's key-value cache of the prompt's prefix (the system prompt and the memory vectors so far) is
@@ -203,7 +279,7 @@ class ChatSession:
     sliding windows, each turn processes its whole prompt, with the same reply.
 
     At `max_memories` the oldest vectors leave the prompt, a quarter of `max_memories` at a time, so that the prompt
-    keeps between 3/4 of `max_memories` and all of them, and the prefix is rarely recomputed. The memory encoder's state
+    keeps about 3/4 of `max_memories` or more of them, and the prefix is rarely recomputed. The memory encoder's state
     has read all utterances, so the oldest utterances can still influence later vectors. `messages` keeps every
     utterance.
 
@@ -214,6 +290,12 @@ class ChatSession:
         processor: its `EmpathicProcessor`.
         system (`str`, *optional*): replaces the template's system prompt.
         max_memories (`int`, *optional*): the maximum number of memory vectors in a prompt; no limit by default.
+        recall (`int`): number of earlier utterances that a prompt also has as text: those most like the turn's text,
+            however old they are. 0 by default. A turn then processes these utterances too, at a cost that does not
+            depend on the length of the conversation.
+        embed (`Callable`, *optional*): with `recall`, a function of a list of texts that returns a vector for each
+            (n, width), a tensor or an array, such as `SentenceTransformer(...).encode`. By default, utterances are
+            compared by their memory vectors.
 
     The thought that a reasoning model writes before its reply is neither a part of the reply nor of the memory.
 
@@ -221,15 +303,28 @@ class ChatSession:
         last_turn (`TurnCost` or `None`): the cost of the last completed turn.
 
     Raises:
-        ValueError: for a `max_memories` under 1.
+        ValueError: for a `max_memories` under 1, a `recall` under 0, or a processor whose memory has another size than
+            the model's.
     """
 
-    def __init__(self, model, processor, system: str | None = None, max_memories: int | None = None):
+    def __init__(
+        self,
+        model,
+        processor,
+        system: str | None = None,
+        max_memories: int | None = None,
+        recall: int = 0,
+        embed: Callable[[list[str]], Any] | None = None,
+    ):
         if max_memories is not None and max_memories < 1:
             raise ValueError(f"max_memories is {max_memories}; give a number from 1 up, or None for no limit.")
+        if recall < 0:
+            raise ValueError(f"recall is {recall}; give a number from 0 up.")
+        check_memory_of(model, processor)
         self.model, self.processor, self.system, self.max_memories = model, processor, system, max_memories
+        self.recall, self.embed = recall, embed
         self.last_turn: TurnCost | None = None
-        self._memory = _Memory([], model.new_memory_state(), [], 0, None)
+        self._memory = _Memory([], model.new_memory_state(), [], [], 0, None, Keys(centered=embed is None))
         self._lock = Lock()
 
     @property
@@ -244,8 +339,13 @@ class ChatSession:
 
     @property
     def vectors(self) -> torch.Tensor:
-        """The memory vectors `(utterances, hidden_size)` of the newest utterances, at most `max_memories`."""
+        """The memory vectors `(vectors, hidden_size)` of the newest utterances, at most `max_memories`."""
         return self._stack(self._memory.vectors)
+
+    @property
+    def remembered(self) -> int:
+        """The number of the newest utterances of which a prompt has memory vectors."""
+        return len(self.messages) - bisect_right(self._memory.ends, self._memory.dropped)
 
     # ------------------------------------------------------------------ public methods
 
@@ -324,6 +424,28 @@ class ChatSession:
         with self._alone():
             self._memory = self._read(kept)
 
+    def warm_up(self) -> None:
+        """
+        Process the prompt up to the next turn now, so that this turn's first token comes sooner: after `remember` or
+        `load`, say. Nothing else changes.
+        """
+        with self._alone():
+            turn = self._prepare(SOME_TURN["content"], None, None, {"do_sample": False, "max_new_tokens": 1})
+            self._generate(turn)
+            self._memory = replace(self._memory, prefix=self._keep_prefix(turn))
+
+    def similar(self, text: str) -> tuple[int, ...]:
+        """Return the places in `messages` of the `recall` utterances that are most like a text, in order."""
+        memory = self._memory
+        if not self.recall or not text or not memory.messages:
+            return ()
+        if self.embed is not None:
+            query = self._embed([text])[0]
+        else:  # the vector that the turn would have in the memory
+            ids = torch.tensor([self.processor.encode_utterance("user", text)], device=self.model.device)
+            query = self.model.append_to_memory(memory.state.fork(), ids).float().mean(0)
+        return memory.keys.nearest(query, self.recall)
+
     def fork(self) -> "ChatSession":
         """
         Return a copy of the session, so that the conversation can continue in two ways, even at the same time.
@@ -346,6 +468,9 @@ class ChatSession:
         """
         tensors = {"vectors": self.vectors, **{f"state.{k}": v for k, v in self.state.state_dict().items()}}
         fields = {"messages": self.messages, "system": self.system, "max_memories": self.max_memories}
+        fields |= {"ends": self._memory.ends, "recall": self.recall}
+        if self.embed is None:
+            tensors["keys"] = self._memory.keys.tensor()
         record = {name: json.dumps(value) for name, value in fields.items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         if not os.fspath(path) or os.path.isdir(path):
@@ -364,9 +489,10 @@ class ChatSession:
                 os.remove(partial)
 
     @classmethod
-    def load(cls, path: str, model, processor) -> "ChatSession":
+    def load(cls, path: str, model, processor, embed: Callable[[list[str]], Any] | None = None) -> "ChatSession":
         """
-        Load a saved conversation, to continue it with the model and processor that it was saved with.
+        Load a saved conversation, to continue it with the model and processor that it was saved with, and with the
+        `embed` if it has one, which is not saved.
 
         Raises:
             OSError: if the file cannot be read.
@@ -382,7 +508,15 @@ class ChatSession:
             record["messages"], record["system"], tensors["vectors"]
         except (SafetensorError, ValueError, KeyError) as error:
             raise ValueError(f"{path} is no saved conversation. Give a file that was saved.") from error
-        session = cls(model, processor, system=record["system"], max_memories=record.get("max_memories"))
+        options = {name: record[name] for name in ("system", "max_memories", "recall") if name in record}
+        session = cls(model, processor, embed=embed, **options)
+        keys = Keys(centered=embed is None)
+        if session.recall:
+            saved = tensors.get("keys")
+            if embed is None and saved is None:
+                raise ValueError(f"{path} was saved by a session with `embed`. Give the same function as `embed`.")
+            keys = keys.plus(saved if embed is None else session._embed([m["content"] for m in record["messages"]]))
+        tensors.pop("keys", None)
         vectors, messages = tensors.pop("vectors"), record["messages"]
         if vectors.shape[1] != session.vectors.shape[1]:
             raise ValueError(
@@ -390,8 +524,9 @@ class ChatSession:
                 f"{session.vectors.shape[1]}. Load it with the model that it was saved with."
             )
         session.state.load_state_dict({name.removeprefix("state."): tensor for name, tensor in tensors.items()})
+        ends = record.get("ends", list(range(1, len(messages) + 1)))  # files before there could be several vectors
         vectors = list(vectors.to(model.dtype))
-        session._memory = _Memory(messages, session.state, vectors, session._text_tokens(messages), None)
+        session._memory = _Memory(messages, session.state, ends, vectors, session._text_tokens(messages), None, keys)
         return session
 
     # ------------------------------------------------------------------ the prompt
@@ -415,11 +550,17 @@ class ChatSession:
     def _prompts(self) -> "PromptWriter":
         return PromptWriter(self.processor, self.model.config.memory_token_id)
 
-    def _inputs(self, content: list[dict]) -> dict[str, torch.Tensor]:
+    def _embed(self, texts: list[str]) -> torch.Tensor:
+        """Return the vectors (n, width) of texts from `embed`."""
+        return torch.as_tensor(self.embed(texts)).reshape(len(texts), -1) if texts else torch.zeros(0, 0)
+
+    def _inputs(self, content: list[dict], recalled: tuple[int, ...]) -> dict[str, torch.Tensor]:
         """Return the processor's tensors for the whole conversation, without `memory_*`."""
-        count = len(self._memory.vectors)
-        earlier = self._memory.messages[-count:] if count else []
-        sample = self._prompts.write(self.system, earlier, {"role": "user", "content": content})
+        memory = self._memory
+        earlier = memory.messages[len(memory.messages) - self.remembered :]
+        turn = {"role": "user", "content": content}
+        shown = [memory.messages[place] for place in recalled]
+        sample = self._prompts.write(self.system, earlier, turn, len(memory.vectors), shown)
         return self.processor.pad([{**sample, "memory_input_ids": []}])
 
     def _text_tokens(self, messages: list[dict]) -> int:
@@ -435,7 +576,8 @@ class ChatSession:
         content = [_media_item(kind, clip) for kind, clip in (("audio", audio), ("video", video)) if clip is not None]
         if text:
             content.append({"type": "text", "text": text})
-        inputs = self._inputs(content)
+        recalled = self.similar(text)
+        inputs = self._inputs(content, recalled)
         ids = inputs["input_ids"][0]
         if generate_kwargs.get("do_sample") is False and "generation_config" not in generate_kwargs:
             generate_kwargs = plain_decoding(**generate_kwargs)
@@ -453,7 +595,7 @@ class ChatSession:
         if new := self._memory.vectors[there:]:
             arguments["memory_vectors"] = self._stack(new)[None]
         arguments |= inputs.to(self.model.device)
-        return _Turn(text or "", ids, arguments, streams, cache, reused, clock)
+        return _Turn(text or "", ids, arguments, streams, cache, reused, clock, recalled)
 
     # ------------------------------------------------------------------ the key-value prefix
 
@@ -509,6 +651,7 @@ class ChatSession:
             history_text_tokens=before.text_tokens,
             seconds=seconds + time.perf_counter() - started,
             prefill_seconds=turn.clock.seconds,
+            recalled=turn.recalled,
         )
         self._memory = memory
 
@@ -517,13 +660,22 @@ class ChatSession:
         if not messages:
             return self._memory
         before, encode = self._memory, self.processor.encode_utterance
-        ids = [i for m in messages for i in encode(m.get("name") or m["role"], m["content"])]
+        rows = [encode(m.get("name") or m["role"], m["content"]) for m in messages]
+        ids = [i for row in rows for i in row]
         state = before.state.fork()
         new = self.model.append_to_memory(state, torch.tensor([ids], device=self.model.device))
-        all_messages = [*before.messages, *messages]
+        counts = [row.count(self.processor.mem_token_id) for row in rows]
+        start = before.ends[-1] if before.ends else 0
+        ends = [*before.ends, *(start + count for count in accumulate(counts))]
+        keys = before.keys
+        if self.recall and self.embed is not None:
+            keys = keys.plus(self._embed([m["content"] for m in messages]))
+        elif self.recall:
+            keys = keys.plus(torch.stack([part.float().mean(0) for part in new.split(counts)]))
         vectors = [*before.vectors, *new.to(self.model.dtype)]
-        vectors = vectors[max(0, dropped_memories(len(all_messages), self.max_memories) - before.dropped) :]
-        return _Memory(all_messages, state, vectors, before.text_tokens + self._text_tokens(messages), before.prefix)
+        vectors = vectors[max(0, dropped_memories(ends, self.max_memories) - before.dropped) :]
+        tokens = before.text_tokens + self._text_tokens(messages)
+        return _Memory([*before.messages, *messages], state, ends, vectors, tokens, before.prefix, keys)
 
 
 # ---------------------------------------------------------------------- helpers for `generate`

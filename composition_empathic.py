@@ -14,7 +14,7 @@ from transformers import initialization as init
 from transformers.utils import cached_file, is_peft_available
 
 from .chat_format_empathic import find_chat_format, find_end_of_turn
-from .configuration_empathic import HUB_KEYS, MEM_TOKEN, EmpathicConfig, find_placeholder_tokens
+from .configuration_empathic import HUB_KEYS, MEM_TOKEN, MEMORY_SIZE, EmpathicConfig, find_placeholder_tokens
 from .memory_empathic import use_exact_layers
 
 # Files in the output folder of a training stage: `STAGE_FILE` names the stage, its base and the tensors in
@@ -224,6 +224,10 @@ class CompositionMixin:
             model = cls.from_pretrained(resolve_base(path, stage["base"]), *args, **kwargs)
             if kwargs.get("output_loading_info"):
                 model, info = model
+        own = find_file(path, "config.json", **hub)
+        if own is not None:  # a stage that trains the memory may change its size
+            own = json.loads(Path(own).read_text(encoding="utf-8"))
+            vars(model.config).update({name: own[name] for name in MEMORY_SIZE if name in own})
         if stage["trained"]:
             load_parts(model, path, stage["trained"], **hub)
         if find_file(path, ADAPTER_CONFIG, **hub) is not None:

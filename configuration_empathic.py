@@ -8,6 +8,10 @@ EMOTIONS = ("angry", "disgust", "fearful", "happy", "neutral", "sad", "surprise"
 # Ends every utterance in the memory encoder's vocabulary (Sec. 3.2).
 MEM_TOKEN = "<MEM>"
 
+# The settings of the number of memory vectors, in the config and in the processor.
+MEMORY_SIZE = ("memory_tokens", "memory_rate")
+
+
 # What Whisper's encoder gets of a clip: whole windows of 30 seconds, or the clip alone.
 AUDIO_WINDOWS = ("full", "clip")
 
@@ -66,6 +70,15 @@ def find_placeholder_tokens(tokenizer, **chosen: str | None) -> dict[str, str]:
             )
         tokens[modality] = found[0]
     return tokens
+
+
+def check_memory_size(memory_tokens: int, memory_rate: int | None) -> None:
+    """Raise a ValueError unless both settings of the memory are whole numbers from 1 up; the rate may be None."""
+    for name, value in zip(MEMORY_SIZE, (memory_tokens, memory_rate), strict=True):
+        is_whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if not is_whole and not (name == "memory_rate" and value is None):
+            none = ", or None for none" if name == "memory_rate" else ""
+            raise ValueError(f"{name} is {value!r}; give a whole number from 1 up{none}.")
 
 
 # The configuration class and the default values of each part of the model. transformers has `SubConfigSpec` for this
@@ -134,6 +147,11 @@ class EmpathicConfig(PreTrainedConfig):
         audio_window (`str`, *optional*, defaults to `"full"`):
             What Whisper's encoder gets: `full` windows of 30 seconds, most of them silence for a short clip, or the
             `clip` alone.
+        memory_tokens (`int`, *optional*, defaults to 1):
+            Number of memory vectors of an earlier utterance: so many `<MEM>` tokens end it.
+        memory_rate (`int`, *optional*):
+            If given, an utterance has a memory vector for every `memory_rate` tokens started (of the memory encoder's
+            tokenizer, with the speaker's name), and at least `memory_tokens`, so that long utterances get more.
         standardize_features (`bool`, *optional*, defaults to `False`):
             Whether the Q-formers get standardized outputs of the encoders. The first stage measures the mean and the
             deviation of each channel over clips; the checkpoint holds them.
@@ -147,7 +165,8 @@ class EmpathicConfig(PreTrainedConfig):
 
     Raises:
         TypeError: if the value for a part is not a configuration, a dict or None.
-        ValueError: if a Q-former's `encoder_hidden_size` is not its tower's width, or `audio_window` is unknown.
+        ValueError: if a Q-former's `encoder_hidden_size` is not its tower's width, `audio_window` is unknown, or
+            `memory_tokens` or `memory_rate` is not a whole number from 1 up.
     """
 
     model_type = "empathic"
@@ -162,6 +181,8 @@ class EmpathicConfig(PreTrainedConfig):
     num_query_tokens: int = 32
     num_frames: int = 8
     audio_window: str = "full"
+    memory_tokens: int = 1
+    memory_rate: int | None = None
     standardize_features: bool = False
     video_token_id: int = 151656
     audio_token_id: int = 151654
@@ -194,6 +215,7 @@ class EmpathicConfig(PreTrainedConfig):
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         if self.audio_window not in AUDIO_WINDOWS:
             raise ValueError(f"audio_window is {self.audio_window!r}; it is one of {', '.join(AUDIO_WINDOWS)}.")
+        check_memory_size(self.memory_tokens, self.memory_rate)
         if self.embedding_scale is None:
             self.embedding_scale = self.text_config.initializer_range
 

@@ -1,7 +1,8 @@
 """The conversation memory: a Mamba encoder that turns each past utterance into one vector, in one pass or as a stream.
 
 The text `u1 <MEM> u2 <MEM> ... uk <MEM>` runs through Mamba-1 or Mamba-2, and the output at each `<MEM>`, projected to
-the language model's width, is the memory vector of the utterance before it. A Mamba layer sees the past only through a
+the language model's width, is the memory vector of the utterance before it. An utterance that several `<MEM>` follow
+has as many vectors. A Mamba layer sees the past only through a
 short causal convolution and a linear recurrence, so everything it knows fits into a `MemoryState` of constant size, and
 a conversation may be fed in pieces of any length.
 
@@ -279,7 +280,7 @@ class Projector(nn.Module):
 
 class MambaCompressor(nn.Module):
     """The memory encoder. Each utterance becomes one memory vector: Mamba's output at its `<MEM>` token, projected to
-    the language model's width.
+    the language model's width. (With several `<MEM>` tokens, several vectors.)
 
     `<MEM>` has its own embedding, `mem_embedding` (hidden,), instead of a row of the token table, so the table of a
     pretrained Mamba is used unchanged even if `mem_token_id` is beyond its end.

@@ -61,7 +61,7 @@ class EmpathicModelOutputWithPast(BaseModelOutputWithPast):
     r"""
     video_vectors, audio_vectors (`torch.FloatTensor` of shape `(clips, num_query_tokens, hidden_size)`, *optional*):
         Vectors of the clips that are present, in the LLM's embedding space.
-    memory_vectors (`torch.FloatTensor` of shape `(num_utterances, hidden_size)`, *optional*):
+    memory_vectors (`torch.FloatTensor` of shape `(num_vectors, hidden_size)`, *optional*):
         Memory vectors, in batch order, then utterance order.
     """
 
@@ -228,7 +228,7 @@ class EmpathicModel(EmpathicPreTrainedModel):
     The encoders and the LLM's decoder, without the LM head.
 
     Audio and video become `num_query_tokens` vectors each (paper's Sec. 3.1), and each earlier utterance becomes one
-    vector (Sec. 3.2). The vectors replace the placeholder tokens of the prompt.
+    vector (Sec. 3.2), or a few. The vectors replace the placeholder tokens of the prompt.
     """
 
     def __init__(self, config: EmpathicConfig):
@@ -367,11 +367,11 @@ class EmpathicModel(EmpathicPreTrainedModel):
     ) -> torch.FloatTensor:
         r"""
         memory_input_ids (`torch.LongTensor` of shape `(batch_size, length)`):
-            Utterances in the memory encoder's vocabulary, each followed by `<MEM>`, right-padded.
+            Utterances in the memory encoder's vocabulary, each followed by its `<MEM>` tokens, right-padded.
         memory_attention_mask (`torch.LongTensor` of shape `(batch_size, length)`, *optional*):
             1 for a real token.
 
-        Returns a tensor of shape `(utterances in the batch, hidden_size)`, in batch order, then utterance order.
+        Returns a tensor of shape `(<MEM> tokens in the batch, hidden_size)`, in batch order, then utterance order.
         """
         return self.memory(memory_input_ids, memory_attention_mask)
 
@@ -446,7 +446,7 @@ class EmpathicModel(EmpathicPreTrainedModel):
         cache (`Cache`, *optional*):
             The LLM's key-value cache. It is called `past_key_values` in transformers before 5.24; both names are
             accepted.
-        memory_vectors (`torch.FloatTensor` of shape `(batch_size, utterances, hidden_size)`, *optional*):
+        memory_vectors (`torch.FloatTensor` of shape `(batch_size, vectors, hidden_size)`, *optional*):
             Precomputed memory vectors, right-padded, instead of `memory_input_ids`.
         video_vectors (`torch.FloatTensor` of shape `(clips, num_query_tokens, hidden_size)`, *optional*):
             Precomputed vectors of the clips that are present, in batch order, instead of the clips.
@@ -587,7 +587,7 @@ class EmpathicModel(EmpathicPreTrainedModel):
         self, input_ids, inputs_embeds, memory_input_ids, memory_attention_mask, memory_vectors
     ) -> tuple[torch.FloatTensor, torch.FloatTensor | None]:
         """
-        Put the memory vectors into their placeholders. Returns `inputs_embeds`, and the vectors (utterances,
+        Put the memory vectors into their placeholders. Returns `inputs_embeds`, and the vectors (vectors,
         hidden_size); None if no memory was given.
         """
         if memory_vectors is not None and memory_input_ids is not None:
@@ -601,7 +601,7 @@ class EmpathicModel(EmpathicPreTrainedModel):
             counts = is_mem.sum(dim=1)
         elif memory_vectors is not None:
             counts = torch.full((len(memory_vectors),), memory_vectors.shape[1], device=memory_vectors.device)
-            if input_ids is not None:  # rows may have fewer utterances than the longest row
+            if input_ids is not None:  # rows may have fewer vectors than the longest row
                 placeholders = (input_ids == token_id).sum(dim=1)
                 if placeholders.max() == counts.max():
                     counts = placeholders

@@ -1,7 +1,7 @@
 """Processor of the empathic model: turns conversations with media into tensors."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,14 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .chat_format_empathic import CHATML, control_tokens, find_chat_format, find_end_of_turn, template_variables
-from .configuration_empathic import EMOTIONS, HUB_KEYS, MEM_TOKEN, EmpathicConfig, find_placeholder_tokens
+from .configuration_empathic import (
+    EMOTIONS,
+    HUB_KEYS,
+    MEM_TOKEN,
+    EmpathicConfig,
+    check_memory_size,
+    find_placeholder_tokens,
+)
 from .media_empathic import load_audio, load_video, media_item
 
 TASKS = ("dialogue", "emotion", "memory", "counter")
@@ -133,14 +140,16 @@ class EmpathicProcessor(ProcessorMixin):
         num_frames (`int`): number of frames sampled from a video, evenly spaced, or at random in training.
         max_audio_seconds (`float`): longer audio is truncated; audio is encoded in consecutive Whisper windows.
         with_text (`bool`): whether the prompt of the `emotion` task has the sentence (not in the paper's Table 4).
+        memory_tokens (`int`): memory vectors of an utterance, as in the model's config.
+        memory_rate (`int`, *optional*): one memory vector for every so many tokens of an utterance, as in the config.
         video_token, audio_token, memory_token (`str`): placeholder tokens of the text vocabulary.
         end_of_turn (`str`): the token that ends a reply; the tokenizer's EOS token by default.
         chat_template (`dict[str, str]`): one template per task; `default` is the dialogue. By default they write
             ChatML, or the tokenizer's own chat template if its vocabulary lacks ChatML's tokens.
 
     Raises:
-        ValueError: if the memory tokenizer has no `<MEM>`, the text tokenizer no placeholder tokens, or the text
-            tokenizer knows no chat format.
+        ValueError: if the memory tokenizer has no `<MEM>`, the text tokenizer no placeholder tokens, the text
+            tokenizer knows no chat format, or `memory_tokens` or `memory_rate` is not a whole number from 1 up.
     """
 
     def __init__(
@@ -153,6 +162,8 @@ class EmpathicProcessor(ProcessorMixin):
         num_frames: int = 8,
         max_audio_seconds: float = 120.0,
         with_text: bool = False,
+        memory_tokens: int = 1,
+        memory_rate: int | None = None,
         video_token: str | None = None,
         audio_token: str | None = None,
         memory_token: str | None = None,
@@ -170,6 +181,8 @@ class EmpathicProcessor(ProcessorMixin):
         self.num_frames = num_frames
         self.max_audio_seconds = max_audio_seconds
         self.with_text = with_text
+        check_memory_size(memory_tokens, memory_rate)
+        self.memory_tokens, self.memory_rate = memory_tokens, memory_rate
         if chat_template is None:
             chat_format = find_chat_format(tokenizer)
             chat_template = default_chat_templates(chat_format)
@@ -247,8 +260,19 @@ class EmpathicProcessor(ProcessorMixin):
         return encode_untrusted(tokenizer, text, control)
 
     def encode_utterance(self, name: str, text: str) -> list[int]:
-        """Tokenize `{name}: {text}<MEM>` with the memory tokenizer (Sec. 3.2)."""
-        return [*self.encode_plain(f"{name}: {text}", self.memory_tokenizer), self.mem_token_id]
+        """
+        Tokenize `{name}: {text}<MEM>` with the memory tokenizer (Sec. 3.2). With `memory_tokens` above 1 or a
+        `memory_rate`, several `<MEM>` end the utterance, one for each of its memory vectors.
+        """
+        ids = self.encode_plain(f"{name}: {text}", self.memory_tokenizer)
+        started = 0 if self.memory_rate is None else -(-len(ids) // self.memory_rate)
+        return [*ids, *[self.mem_token_id] * max(self.memory_tokens, started)]
+
+    def count_memories(self, name: str, text: str) -> int:
+        """Return the number of memory vectors of an utterance; with a `memory_rate`, the utterance is tokenized."""
+        if self.memory_rate is None:
+            return self.memory_tokens
+        return self.encode_utterance(name, text).count(self.mem_token_id)
 
     def encode_reply(self, text: str) -> list[int]:
         """Tokenize a reply as a training target: its token ids and the end-of-turn token."""
@@ -308,7 +332,7 @@ class EmpathicProcessor(ProcessorMixin):
             raise ValueError("The last message is empty: give text, audio or video.")
         return system, read, turn
 
-    def _render(self, template: str, system, earlier, turn, **variables) -> list[tuple[bool, str]]:
+    def _render(self, template: str, system, earlier, turn, recalled, **variables) -> list[tuple[bool, str]]:
         """Render the prompt as pieces (whether the piece is untrusted text, string)."""
         untrusted = UntrustedTexts()
         mark = untrusted.mark
@@ -319,12 +343,20 @@ class EmpathicProcessor(ProcessorMixin):
 
         messages = [] if system is None else [{"role": "system", "content": mark(system["text"])}]
         messages += [{"role": message["role"], "content": line(message)} for message in earlier]
+        # A message is shown as the memory reads it; the lines follow the memory vectors in the template.
+        variables["recalled"] = "\n".join(mark(f"{message['name']}: {message['text']}") for message in recalled)
         sentence = None
         if turn is not None:
             sentence = mark(turn["text"]) if turn["text"] else None
             messages.append({"role": "user", "content": sentence or ""})
         variables = {**template_variables(self.tokenizer), "enable_thinking": False, **variables}
         rendered, _ = render_jinja_template([messages], chat_template=template, sentence=sentence, **variables)
+        if recalled and variables["recalled"] not in rendered[0]:
+            raise ValueError(
+                "The chat template has no slot `recalled` for earlier utterances. Use the task `dialogue`, and for a "
+                "processor that was saved without the slot set `processor.chat_template = default_chat_templates("
+                "find_chat_format(processor.tokenizer))`."
+            )
         return untrusted.split(rendered[0])
 
     def _template(self, task: str, chat_template: str | None) -> str:
@@ -343,7 +375,7 @@ class EmpathicProcessor(ProcessorMixin):
             )
         return templates[name]
 
-    def _prompt(self, messages, task, history, emotion, with_text, add_generation_prompt, chat_template):
+    def _prompt(self, messages, task, history, emotion, with_text, add_generation_prompt, chat_template, recalled=()):
         if history not in ("memory", "text"):
             raise ValueError(f"Unknown history {history!r}; use 'memory' or 'text'.")
         if task == "counter" and emotion not in EMOTIONS:
@@ -355,13 +387,16 @@ class EmpathicProcessor(ProcessorMixin):
         if task == "emotion":
             earlier = []
         remembered = earlier if history == "memory" or task == "memory" else []
+        memory_ids = [i for m in remembered for i in self.encode_utterance(m["name"], m["text"])]
         pieces = self._render(
             template,
             system,
             earlier,
             turn,
+            [self._read_message(i, message) for i, message in enumerate(recalled)],
             history=history,
-            num_memories=len(remembered),
+            num_memories=memory_ids.count(self.mem_token_id),
+            num_utterances=len(remembered),
             memory_placeholder=self.memory_token,
             audio=turn is not None and turn["audio"] is not None and task != "counter",
             video=turn is not None and turn["video"] is not None and task != "counter",
@@ -372,7 +407,7 @@ class EmpathicProcessor(ProcessorMixin):
             with_text=self.with_text if with_text is None else with_text,
             add_generation_prompt=add_generation_prompt,
         )
-        return pieces, remembered, turn if task != "counter" else None
+        return pieces, memory_ids, turn if task != "counter" else None
 
     # ------------------------------------------------------------------ tensors
 
@@ -411,10 +446,13 @@ class EmpathicProcessor(ProcessorMixin):
         generator: np.random.Generator | None = None,
         add_generation_prompt: bool = True,
         chat_template: str | None = None,
+        recalled: Sequence[dict] = (),
     ) -> dict:
         """
         Turn one conversation into model inputs, without padding. See `apply_chat_template` for the arguments. With a
         `generator`, frames are sampled at random as in training; without it they are evenly spaced.
+
+        `recalled` are earlier messages that the prompt of a dialogue also shows as text, after the memory vectors.
 
         A content item may hold the tower's cached outputs instead of the clip: `features` (frames, patches, width) of a
         video or (positions, width) of an audio clip.
@@ -423,8 +461,8 @@ class EmpathicProcessor(ProcessorMixin):
             `input_ids` and `memory_input_ids` (lists of int); `video` and `audio`, each None or (values, mask) as from
             `frames` and `sound`; `video_encoder_states` and `audio_encoder_states` of items with cached features.
         """
-        pieces, remembered, turn = self._prompt(
-            messages, task, history, emotion, with_text, add_generation_prompt, chat_template
+        pieces, memory_ids, turn = self._prompt(
+            messages, task, history, emotion, with_text, add_generation_prompt, chat_template, recalled
         )
         input_ids = []
         for is_users, text in pieces:
@@ -435,7 +473,7 @@ class EmpathicProcessor(ProcessorMixin):
             )
         prepared = {
             "input_ids": input_ids,
-            "memory_input_ids": [i for m in remembered for i in self.encode_utterance(m["name"], m["text"])],
+            "memory_input_ids": memory_ids,
             "video": None,
             "audio": None,
         }
@@ -544,8 +582,8 @@ class EmpathicProcessor(ProcessorMixin):
         """
         Render a conversation, or a list of conversations, as prompts or model inputs.
 
-        The last user message is the turn. The earlier messages are the history, one memory vector each; their media are
-        ignored. A leading system message replaces the template's system prompt.
+        The last user message is the turn. The earlier messages are the history, given as memory vectors; their media
+        are ignored. A leading system message replaces the template's system prompt.
 
         Args:
             conversation: message lists as in transformers. A media item holds `path`, `bytes`, or decoded media:

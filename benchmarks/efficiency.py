@@ -20,7 +20,15 @@ import torch
 from transformers.utils import logging
 
 from ..data_prep.messages import message_text
-from .efficiency_arms import ARMS, checkpoint_parts, count_positions, make_conversation, measure_arms, preset_parts
+from .efficiency_arms import (
+    ARMS,
+    checkpoint_parts,
+    count_positions,
+    count_vectors,
+    make_conversation,
+    measure_arms,
+    preset_parts,
+)
 from .efficiency_options import PAPER_UTTERANCE, UTTERANCE, add_options
 from .efficiency_report import markdown, plot
 from .efficiency_turns import measure_turns
@@ -42,7 +50,8 @@ def row(what: str, measured: float, bound: str = "", wanted: float | None = None
 
 
 def position_rows(processor, tokens: int, seed: int) -> list[dict]:
-    """Ratios of positions at the paper's history length, with their bounds."""
+    """Ratios of positions at the paper's history length; their bounds are those of one vector per utterance."""
+    is_papers = (processor.memory_tokens, processor.memory_rate) == (1, None)
     turns = range(2, 200)
     one = count_positions(processor, make_conversation(processor, 20, tokens, seed))["text"]["history"] / 20
     nearest = min(turns, key=lambda count: abs(count * one - PAPER_POSITIONS))
@@ -54,11 +63,10 @@ def position_rows(processor, tokens: int, seed: int) -> list[dict]:
             f"input positions without media, with the system prompt, {memory['whole']} / {text['whole']}, {where} "
             "(paper: 0.184)",
             memory["whole"] / text["whole"],
-            "<=",
-            0.20,
+            *(("<=", 0.20) if is_papers else ()),
         ),
         row(f"history positions alone, {memory['history']} / {text['history']}",
-            memory["history"] / text["history"], "<=", 0.06),
+            memory["history"] / text["history"], *(("<=", 0.06) if is_papers else ())),
         row(f"input positions with media, {memory['with_media']} / {text['with_media']}",
             memory["with_media"] / text["with_media"]),
     ]  # fmt: skip
@@ -89,6 +97,8 @@ def turn_rows(turns: dict, arms: dict, reply: int) -> list[dict]:
             turns[late]["reading"] / turns[late]["encoding"]),
         row(f"whole streaming turn with a reply of {reply} tokens / turn of a new session",
             turns[late]["streaming"] / turns[late]["anew"]),
+        row(f"whole streaming turn at {late} utterances with a reply of {reply} tokens / the language model alone over "
+            "the same positions", turns[late]["streaming"] / turns[late]["model"]),
     ]  # fmt: skip
 
 
@@ -168,6 +178,8 @@ def settle(options: argparse.Namespace) -> argparse.Namespace:
     if options.dtype == "auto":
         options.dtype = "bfloat16" if options.device == "cuda" or options.plan else "float32"
     options.turns = sorted(set(options.turns))
+    if options.model is not None and (options.memory_tokens, options.memory_rate) != (1, None):
+        raise SystemExit("--memory_tokens and --memory_rate: a checkpoint has its own. Remove them, or --model.")
     return options
 
 
@@ -192,16 +204,20 @@ def run(options: argparse.Namespace) -> dict:
     torch.manual_seed(options.seed)
     dtype, device = getattr(torch, options.dtype), "meta" if options.plan else options.device
     if options.model is None:
-        model, processor = preset_parts(options.preset, dtype, device)
+        size = options.memory_tokens, options.memory_rate
+        model, processor = preset_parts(options.preset, dtype, device, *size)
         name = f"Preset {options.preset}, random weights"
     else:
         model, processor = checkpoint_parts(options.model, dtype, device)
         name = str(options.model)
+    vectors = count_vectors(processor, make_conversation(processor, 100, options.utterance, options.seed))
     results = {
         "command": f"python -m empathic.benchmarks.efficiency {' '.join(as_arguments(options))}".strip(),
         "name": name,
         "settings": {key: value for key, value in vars(options).items() if key not in ("run", "command", "table")},
-        "text": f"An utterance has {options.utterance} tokens of the language model.",
+        "text": f"An utterance has {options.utterance} tokens of the language model and {vectors['vectors']:.3g} "
+        f"memory vector{'s' * (vectors['vectors'] != 1)}, one for {vectors['tokens']:.3g} tokens.",
+        "memory": {"memory_tokens": processor.memory_tokens, "memory_rate": processor.memory_rate, **vectors},
         "machine": describe_machine(options.device),
         "histories": {},
     }
@@ -240,6 +256,8 @@ def run(options: argparse.Namespace) -> dict:
 def as_arguments(options: argparse.Namespace) -> list[str]:
     """The options that affect the results, as command-line arguments."""
     given = ["--model", str(options.model)] if options.model else ["--preset", options.preset]
+    given += [] if options.memory_tokens == 1 else ["--memory_tokens", str(options.memory_tokens)]
+    given += [] if options.memory_rate is None else ["--memory_rate", str(options.memory_rate)]
     given += ["--paper"] if options.paper else ["--turns", *map(str, options.turns)]
     given += ["--data", options.data, "--split", options.split] if options.data else []
     given += ["--dialogues", str(options.dialogues)] if options.paper else ["--reply", str(options.reply)]

@@ -5,8 +5,8 @@ Four ways ("arms") to give a language model a conversation's history, and their 
 |---|---|---|
 | `text` | chat turns | nothing |
 | `text_reuse` | chat turns | KV cache of the prompts' common prefix |
-| `compressed` | one vector per utterance, all encoded again (as in the paper) | nothing |
-| `streaming` | one vector per utterance, as in `ChatSession` | state of the memory encoder, KV cache |
+| `compressed` | one vector (or a few) per utterance, all encoded again (as in the paper) | nothing |
+| `streaming` | the same vectors, as in `ChatSession` | state of the memory encoder, KV cache |
 
 All arms process the same conversation up to the logits of the reply's first token, and keep the KV cache for the
 following tokens.
@@ -35,7 +35,7 @@ QUERIES = 32  # vectors of a clip's audio, and of its video: the paper's number,
 SLOW = 5.0  # seconds: slower runs are timed only once
 
 
-def preset_parts(preset: str, dtype: torch.dtype, device: str):
+def preset_parts(preset: str, dtype: torch.dtype, device: str, memory_tokens: int = 1, memory_rate: int | None = None):
     """
     Build a model with the preset's sizes and random weights, and its processor. The processor has the tokenizers of the
     tiny preset: a token is a word or a punctuation mark, roughly as for Qwen2.5's tokenizer in plain English.
@@ -52,7 +52,10 @@ def preset_parts(preset: str, dtype: torch.dtype, device: str):
         memory_tokenizer,
         num_query_tokens=QUERIES,
         num_frames=config.num_frames,
+        memory_tokens=memory_tokens,
+        memory_rate=memory_rate,
     )
+    config.memory_tokens, config.memory_rate = memory_tokens, memory_rate
     config.num_query_tokens = QUERIES
     config.text_config.vocab_size = max(config.text_config.vocab_size, len(tokenizer))
     config.memory_config.vocab_size = max(config.memory_config.vocab_size, len(memory_tokenizer))
@@ -92,6 +95,19 @@ def make_conversation(processor: EmpathicProcessor, turns: int, tokens: int, see
             words.pop()
         messages.append({"role": "user" if place % 2 == 0 else "assistant", "content": " ".join(words)})
     return messages[::-1]
+
+
+def count_vectors(processor: EmpathicProcessor, messages: list[dict]) -> dict:
+    """
+    Count the memory vectors of the earlier utterances of a conversation.
+
+    Returns:
+        `vectors` per utterance, and `tokens` of text (of the language model) per vector, without roles and markers.
+    """
+    earlier = messages[:-1]
+    vectors = sum(processor.count_memories(m["role"], m["content"]) for m in earlier)
+    tokens = sum(len(processor.encode_plain(m["content"])) for m in earlier)
+    return {"vectors": vectors / len(earlier), "tokens": tokens / vectors}
 
 
 def with_clip(messages: list[dict], processor: EmpathicProcessor) -> list[dict]:

@@ -33,6 +33,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"tokens of an utterance (default: {UTTERANCE}; with --paper {PAPER_UTTERANCE})",
     )  # fmt: skip
     parser.add_argument(
+        "--memory_tokens", type=positive, default=1, metavar="N",
+        help="of a preset: memory vectors of an utterance (%(default)s); a checkpoint has its own",
+    )  # fmt: skip
+    parser.add_argument(
+        "--memory_rate", type=positive, metavar="TOKENS",
+        help="of a preset: one memory vector for every so many tokens of an utterance",
+    )  # fmt: skip
+    parser.add_argument(
         "--reply", type=positive, default=20, metavar="TOKENS", help="tokens of a whole turn's reply (%(default)s)"
     )
     parser.add_argument("--repeats", type=positive, default=5, help="timed runs of each arm, alternating (%(default)s)")

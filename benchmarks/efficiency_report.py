@@ -142,7 +142,7 @@ def markdown(results: dict, plots: list[str]) -> str:
 COUNTED = f"""\
 - Positions: the whole prompt from the processor, including system prompt and template. *History alone*: the whole
   prompt minus the prompt of the same turn without a history, that is, text with the roles and markers of its turns, or
-  one vector per utterance and the line that introduces the vectors. *With media*: a clip's audio and video,
+  the memory vectors and the line that introduces them. *With media*: a clip's audio and video,
   {QUERIES} vectors each in the presets (as in the paper), and the words before them. In the presets' tokenizers a token
   is a word or a punctuation mark.
 - Prompt processing: the model's forward passes up to the logits of the first token, including the memory encoder, but

@@ -3,9 +3,11 @@
 import copy
 
 import torch
+from transformers import DynamicCache
 
 from ..chat import ChatSession
-from .efficiency_arms import CostMeter
+from ..compat_empathic import CACHE
+from .efficiency_arms import CostMeter, fork
 
 
 def session_at(model, processor, messages: list[dict], reply: int) -> ChatSession:
@@ -17,6 +19,29 @@ def session_at(model, processor, messages: list[dict], reply: int) -> ChatSessio
     session.remember(*messages[:-3])
     session.reply(messages[-3]["content"], min_new_tokens=reply, max_new_tokens=reply)
     return session
+
+
+def language_model_alone(model, positions: int, reused: int, reply: int):
+    """
+    Return a function that runs the language model alone as a turn does: over `positions` new positions after `reused`
+    cached ones, then over one position at a time for the other tokens of a reply of `reply` tokens, with its head.
+    """
+    decoder, width = model.model.language_model, model.config.text_config.hidden_size
+    embeddings = torch.randn(1, reused + positions, width, device=model.device, dtype=model.dtype)
+    kept = DynamicCache(config=model.config.text_config)
+    if reused:
+        decoder(inputs_embeds=embeddings[:, :reused], use_cache=True, **{CACHE: kept})
+
+    def run():
+        cache = fork(kept, reused)
+        hidden = decoder(inputs_embeds=embeddings[:, reused:], use_cache=True, **{CACHE: cache}).last_hidden_state
+        for token in range(reply):
+            model.lm_head(hidden[:, -1:])
+            if token < reply - 1:
+                step = embeddings[:, :1]
+                hidden = decoder(inputs_embeds=step, use_cache=True, **{CACHE: cache}).last_hidden_state
+
+    return run
 
 
 @torch.inference_mode()
@@ -32,7 +57,8 @@ def measure_turns(
     Returns:
         {utterances: seconds of `streaming` (turn of a running session), `anew` (turn of a new session that first reads
         the history, as after a restart without a saved state), `encoding` (encoding the history only), `reading`
-        (adding its last two utterances to the memory state), and the `new_positions` of the streaming turn}.
+        (adding its last two utterances to the memory state), `model` (the language model alone over the positions of
+        the streaming turn and of its reply), and the `new_positions` of the streaming turn}.
     """
     meter, sessions, runs, results = CostMeter(model), {}, {}, {}
     for turns, messages in conversations.items():
@@ -59,7 +85,9 @@ def measure_turns(
 
         runs[turns, "encoding"] = lambda read=read: model.get_memory_features(read)
         runs[turns, "reading"] = reading
-        results[turns] = {"new_positions": streaming().new_positions}
+        cost = streaming()
+        runs[turns, "model"] = language_model_alone(model, cost.new_positions, cost.reused_positions, reply)
+        results[turns] = {"new_positions": cost.new_positions}
     for (turns, name), seconds in meter.alternate(runs, repeats).items():
         results[turns][name] = seconds
     return results

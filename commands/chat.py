@@ -20,7 +20,8 @@ def run(arguments) -> int:
     with loading(arguments.model):
         model = EmpathicForConditionalGeneration.from_pretrained(arguments.model, dtype="auto").eval()
         processor = EmpathicProcessor.from_pretrained(arguments.model)
-    session, clips = ChatSession(model, processor, max_memories=arguments.max_memories), {}
+    options = {"max_memories": arguments.max_memories, "recall": arguments.recall}
+    session, clips = ChatSession(model, processor, **options), {}
     print("Say something. /audio FILE or /video FILE adds a recording to your next sentence (/clip FILE adds both).")
     print(
         "/save FILE and /load FILE save and load a conversation, /new starts over, /quit exits, Ctrl-C stops a reply."
@@ -43,7 +44,7 @@ def run(arguments) -> int:
             elif command == "/load":
                 session = ChatSession.load(_named(command, argument), model, processor)
             elif command == "/new":
-                session, clips = ChatSession(model, processor, max_memories=arguments.max_memories), {}
+                session, clips = ChatSession(model, processor, **options), {}
             elif command == "/quit":
                 return 0
             elif command.startswith("/"):
@@ -91,3 +92,7 @@ def add(commands) -> None:
     sub.add_argument(
         "--max_memories", type=positive, help="maximum number of memory vectors in the prompt (default: no limit)"
     )
+    sub.add_argument(
+        "--recall", type=int, default=0, metavar="N",
+        help="earlier utterances that the prompt has as text too, those most like the sentence (%(default)s)",
+    )  # fmt: skip

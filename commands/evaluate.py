@@ -1,6 +1,7 @@
 """`empathic evaluate`: reproduce the paper's tables, with one subcommand per table."""
 
 from ..benchmarks.efficiency_options import add_options, positive
+from ..benchmarks.memory_qa import ARMS as MEMORY_ARMS
 from ..evaluation.reply_options import (
     add_contrast_options,
     add_dialogue_options,
@@ -32,6 +33,7 @@ def reconstruction(arguments) -> int:
         bertscore_model=None if arguments.bertscore_model == "none" else arguments.bertscore_model,
         bertscore_layer=arguments.bertscore_layer,
         examples=arguments.examples,
+        compare=arguments.compare,
     )
     results = run(arguments.model, arguments.data, arguments.output, options)
     for length, row in results["scores"].items():
@@ -46,6 +48,15 @@ def efficiency(arguments) -> int:
     from ..benchmarks.efficiency import run
 
     run(arguments)
+    return 0
+
+
+def memory(arguments) -> int:
+    """Answer questions about long conversations."""
+    from ..benchmarks.memory_qa.run import markdown, run
+
+    print(markdown(run(arguments)))
+    print(f"All results are in {arguments.output}.")
     return 0
 
 
@@ -212,6 +223,10 @@ def add_reconstruction(commands) -> None:
         "--bertscore_layer", type=positive, metavar="N", help="layer to use, needed if the model is a folder"
     )
     sub.add_argument("--examples", type=int, default=3, metavar="N", help="examples per length to save (%(default)s)")
+    sub.add_argument(
+        "--compare", nargs="+", default=[], metavar="FOLDER",
+        help="output folders for other checkpoints, drawn in the same plot of quality by memory vectors per token",
+    )  # fmt: skip
 
 
 def add_efficiency(commands) -> None:
@@ -224,6 +239,48 @@ def add_efficiency(commands) -> None:
         "empathic evaluate efficiency --preset tiny --turns 1 10 200",
     )
     add_options(sub)
+
+
+def add_memory(commands) -> None:
+    """Add the subcommand."""
+    sub = add_command(
+        commands,
+        "memory",
+        memory,
+        "answer questions about long conversations from the text, from retrieved turns and from the memory",
+        "empathic evaluate memory runs/quickstart/model locomo10.json --max_questions 50 --top_k 5",
+    )
+    sub.add_argument("model", metavar="MODEL", help="whole checkpoint, stage's folder or Hub id")
+    sub.add_argument(
+        "data", metavar="FILE", help="JSON file of LoCoMo, LongMemEval or ES-MemEval, recognized by its keys"
+    )
+    sub.add_argument("--output", default="runs/evaluation", metavar="FOLDER", help="folder to write (%(default)s)")
+    sub.add_argument(
+        "--arms", nargs="+", choices=MEMORY_ARMS, default=list(MEMORY_ARMS), metavar="ARM",
+        help=f"what the prompt has of the conversation: {', '.join(MEMORY_ARMS)} (default: all)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--max_questions", type=positive, metavar="N", help="questions to answer, chosen by --seed (default: all)"
+    )
+    sub.add_argument("--last", type=positive, default=20, metavar="N", help="turns in the arm last (%(default)s)")
+    sub.add_argument("--top_k", type=positive, default=10, metavar="N", help="retrieved turns (%(default)s)")
+    sub.add_argument(
+        "--retriever", default="sentence-transformers/all-MiniLM-L6-v2", metavar="ID",
+        help="model of sentence-transformers, Hub id or folder; memory compares the memory's own vectors (%(default)s)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--corrections", metavar="FILE", help="LoCoMo: corrected answer keys, as its published audits have them"
+    )
+    sub.add_argument("--max_new_tokens", type=positive, default=32, help="maximum length of an answer (%(default)s)")
+    sub.add_argument(
+        "--max_positions", type=positive, metavar="N", help="maximum length of a prompt (default: the model's)"
+    )
+    sub.add_argument(
+        "--max_memories", type=positive, metavar="N", help="maximum memory vectors in a prompt (default: all that fit)"
+    )
+    sub.add_argument("--device", help="device such as cpu or cuda:0 (default: a GPU if there is one)")
+    sub.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the weights")
+    sub.add_argument("--seed", type=int, default=0, help="seed for choosing the questions (%(default)s)")
 
 
 def add_report(commands) -> None:
@@ -261,6 +318,7 @@ def add(commands) -> None:
         add_judge,
         add_emotion,
         add_reconstruction,
+        add_memory,
         add_efficiency,
         add_report,
     ):

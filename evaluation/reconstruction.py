@@ -18,16 +18,19 @@ import torch
 from ..data_prep.views import conversations
 from ..trainers.samples import rebuild_sample
 from .generation import generate_texts
+from .memory_rates import names_and_numbers, plot_rates, rate_rows, rate_table
 from .metrics import bleu, content_recall, exact_match, words_of
 from .modules.bertscore.bert_similarity import BertScore
 from .results import held_table, versions, write_results
 
+PLOT = "reconstruction.png"
 PUBLISHED = {"dataset": "MultiDialog, test_freq", "bleu1": 0.848, "bleu4": 0.679, "bertscore": 0.969}  # Table 8
 SCORE_COLUMNS = {
     "bleu1": "BLEU-1",
     "bleu4": "BLEU-4",
     "bertscore": "BERTScore",
     "recall": "content words",
+    "names": "names, numbers",
     "exact": "exact runs",
     "exact_utterances": "exact utterances",
 }
@@ -65,6 +68,7 @@ class ReconstructionOptions:
         bertscore_model: Hub id or folder of BERTScore's model; None for no BERTScore.
         bertscore_layer: layer of that model; by default the layer that bert-score recommends for known models.
         examples: number of runs per row shown in the report.
+        compare: output folders of this command for other checkpoints, which are drawn in the same plot.
     """
 
     utterances: list[int] = field(default_factory=lambda: [1, 5, 10, 20])
@@ -76,6 +80,7 @@ class ReconstructionOptions:
     bertscore_model: str | None = "roberta-large"
     bertscore_layer: int | None = None
     examples: int = 3
+    compare: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         if not self.utterances or min(self.utterances) < 1:
@@ -187,7 +192,8 @@ def evaluate_reconstruction(model, processor, rows, options: ReconstructionOptio
 
     Returns:
         `{"scores": {utterances: {...}}, "runs": {utterances: count}, "bertscore": description of the metric, or why it
-        is missing, "without": lengths without a run}`, and `{"utterances", "id", "original", "rebuilt"}` rows.
+        is missing, "without": lengths without a run, "rates": rows of `rate_rows` for utterances rebuilt alone}`, and
+        `{"utterances", "id", "original", "rebuilt"}` rows.
 
     Raises:
         ValueError: if there is no run of any of the lengths.
@@ -199,7 +205,7 @@ def evaluate_reconstruction(model, processor, rows, options: ReconstructionOptio
             about = scorer.description
         except RuntimeError as error:
             about = f"skipped: {error}"
-    table, counts, without, written = {}, {}, [], []
+    table, counts, without, written, rates = {}, {}, [], [], []
     for length in sorted(set(options.utterances)):
         runs = runs_of(rows, length)
         if options.max_runs is not None and len(runs) > options.max_runs:
@@ -209,10 +215,15 @@ def evaluate_reconstruction(model, processor, rows, options: ReconstructionOptio
             without.append(length)
             continue
         answers, expected = rebuild(model, processor, runs, options.batch_size)
+        texts = [turn["text"] for run in runs for turn in run]
+        content, names = content_words_of(texts), names_and_numbers(texts)
         table[str(length)] = {
-            **scores(answers, expected, content_words_of([turn["text"] for run in runs for turn in run])),
+            **scores(answers, expected, content),
+            **({"names": content_recall(answers, expected, names)} if names else {}),
             "exact_utterances": exact_utterances(answers, runs),
         }
+        if length == 1:
+            rates = rate_rows(processor, [run[0] for run in runs], answers, expected, content, names)
         if scorer is not None:
             table[str(length)]["bertscore"] = scorer.score(answers, expected)
         counts[str(length)] = len(runs)
@@ -222,7 +233,7 @@ def evaluate_reconstruction(model, processor, rows, options: ReconstructionOptio
         ]
     if not table:
         raise ValueError(f"No conversation has {min(options.utterances)} utterances; give a smaller number.")
-    return {"scores": table, "runs": counts, "bertscore": about, "without": without}, written
+    return {"scores": table, "runs": counts, "bertscore": about, "without": without, "rates": rates}, written
 
 
 def markdown(results: dict, written: list[dict], examples: int) -> str:
@@ -242,6 +253,12 @@ def markdown(results: dict, written: list[dict], examples: int) -> str:
         f"BERTScore: {results['bertscore']}. BLEU: sacrebleu, cased, tokenization 13a. Content words: all but function "
         "words of English. The paper does not say how many utterances its published row rebuilds at once.",
     ]  # fmt: skip
+    if results.get("rates"):
+        lines.append(
+            "Utterances rebuilt alone, by the number of memory vectors for each token of the language model. Names and "
+            "numbers: words with a digit, number words, and words capitalized within a sentence.\n\n"
+            f"{rate_table(results['rates'])}\n\n![By vectors per token]({PLOT})"
+        )
     if results["without"]:
         lines.append(f"No conversation is long enough for: {', '.join(map(str, results['without']))}.")
     for length in results["scores"]:
@@ -266,9 +283,23 @@ def _cell(text: str) -> str:
     return text
 
 
+def _earlier_rates(folder: str) -> dict[str, list[dict]]:
+    """Read the rates that an earlier run has written, by the name of its checkpoint."""
+    file = Path(folder, "reconstruction.json")
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+        return {results["model"]: results["rates"]}
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{file} has no rates to compare with ({type(error).__name__}: {error}). Name the output folder of "
+            "`empathic evaluate reconstruction` with 1 among its --utterances."
+        ) from None
+
+
 def run(model: str, data: str, output: str | Path, options: ReconstructionOptions) -> dict:
     """
-    Evaluate a checkpoint on a data set; write `reconstruction.json`, `reconstruction.md` and `reconstruction.jsonl`.
+    Evaluate a checkpoint on a data set; write `reconstruction.json`, `reconstruction.md`, `reconstruction.jsonl` and,
+    if utterances were rebuilt alone, `reconstruction.png`.
 
     Args:
         model: whole checkpoint, stage folder or Hub id.
@@ -282,6 +313,7 @@ def run(model: str, data: str, output: str | Path, options: ReconstructionOption
     from ..processing_empathic import EmpathicProcessor
     from ..trainers.checkpoints.stage_folder import load_model
 
+    others = {name: rows for folder in options.compare for name, rows in _earlier_rates(folder).items()}
     with held_table(output, "reconstruction"):
         rows = load_prepared(data, options.split)
         loaded, processor = load_model(model).to(options.device), EmpathicProcessor.from_pretrained(model)
@@ -296,6 +328,9 @@ def run(model: str, data: str, output: str | Path, options: ReconstructionOption
             "versions": versions(),
         }
         folder = Path(output)
+        folder.mkdir(parents=True, exist_ok=True)
+        if found["rates"]:
+            plot_rates({model: found["rates"], **others}, folder / PLOT)
         write_results(folder / "reconstruction.json", results)
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in written)
         (folder / "reconstruction.jsonl").write_text(lines, encoding="utf-8")

@@ -28,8 +28,8 @@ MARK_LINE = re.compile(re.escape(MARK).replace(re.escape("{digest}"), "([0-9a-f]
 TITLE = "Empathetic Response in Audio-Visual Conversations Using Emotion Preference Optimization and MambaCompressor"
 STAGE_TEXTS = {
     "emotion": "the Q-formers, their queries and projectors learn to name the emotion of a clip",
-    "memory_single": "the MambaCompressor learns to store an utterance in one vector",
-    "memory_multi": "the MambaCompressor learns to store conversations with one vector per utterance",
+    "memory_single": "the MambaCompressor learns to store an utterance in its memory vector",
+    "memory_multi": "the MambaCompressor learns to store conversations as memory vectors",
     "dialogue": "a LoRA adapter of the language model learns to reply, given the audio, the video and the memory",
     "epo": "the adapter learns to prefer replies with the right emotion (Emotional Preference Optimization)",
 }
@@ -295,9 +295,9 @@ def _text(runs: list[dict], model_id: str, kind: str, base: str | None, parts: d
         whole += f" [{base}](https://huggingface.co/{base})." if base else " that `empathic_stage.json` names."
     sections = [
         f"# {model_id.rpartition('/')[2] if model_id != HERE else 'An empathetic audio-visual chatbot'}",
-        "A chatbot that takes the user's text, voice and face as input, remembers a conversation with one vector per "
-        "utterance, and answers in text. Q-formers read the outputs of CLIP and Whisper, a Mamba model compresses the "
-        f"history, and a causal language model writes the reply. {whole}",
+        "A chatbot that takes the user's text, voice and face as input, remembers each utterance of a conversation as "
+        "a memory vector (or a few), and answers in text. Q-formers read the outputs of CLIP and Whisper, a Mamba "
+        f"model compresses the history, and a causal language model writes the reply. {whole}",
         f"An open implementation of the paper *{TITLE}* (Kim, Park, Ro; KAIST), with the `empathic` package. It is not "
         f"the code or model of the authors. This card was written by version {own_version()} of the package.",
         "## Use",

@@ -7,17 +7,19 @@ blocks of `PROMPT_BLOCK` positions. What is left over is computed again at each 
 that is branched off another, and one that is rebuilt from nothing thus run the same passes and give the same bits.
 """
 
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple, TypeVar, cast
 
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ..chat import SOME_TURN, PromptWriter, dropped_memories
+from ..chat import SOME_TURN, PromptWriter, check_memory_of, dropped_memories
 from ..compat_empathic import CACHE
 from ..memory_empathic import MemoryState
 from ..modeling_empathic import audio_position_mask, encode_frames, encode_sound
@@ -86,9 +88,9 @@ class History:
 
 
 class _Heard(NamedTuple):
-    """An utterance in the memory: its vector (hidden_size,), and how to continue after it."""
+    """An utterance in the memory: its vectors (vectors, hidden_size), and how to continue after it."""
 
-    vector: torch.Tensor
+    vectors: torch.Tensor
     block: bytes  # the digest of the memory encoder's state at the last boundary of a block
     pending: tuple[int, ...]  # tokens since then
 
@@ -158,6 +160,7 @@ class FrontEnd:
     """
 
     def __init__(self, model, processor, cache: PrefixCache, max_memories: int | None = None, keeps_keys: bool = True):
+        check_memory_of(model, processor)
         self.model, self.processor, self.cache, self.max_memories = model, processor, cache, max_memories
         self.keeps_keys = keeps_keys and can_cut_cache(model)
         self.tokens_read = 0
@@ -205,15 +208,16 @@ class FrontEnd:
 
     def hear(self, history: History, first: int) -> Steps[list[torch.Tensor]]:
         """
-        Return the memory vectors (hidden_size,) of the utterances from index `first` on; read what was not read yet.
+        Return the memory vectors (vectors, hidden_size) of each utterance from index `first` on; read what was not
+        read yet.
         """
         heard = [self.cache.get(("heard", key)) for key in history.digests[first + 1 :]]
         if None not in heard:
-            return [found.vector for found in heard]
+            return [found.vectors for found in heard]
         missing = first + heard.index(None)
         start, block, state, pending = self._restart(history, missing)
         vectors = yield from self._read(history, start, block, state, pending)
-        return [*(found.vector for found in heard[: missing - first]), *vectors[missing - start :]]
+        return [*(found.vectors for found in heard[: missing - first]), *vectors[missing - start :]]
 
     def _restart(self, history: History, missing: int) -> tuple[int, bytes, MemoryState, tuple[int, ...]]:
         """Return the last place at or before an utterance where the reading can start again: the number of utterances
@@ -230,12 +234,16 @@ class FrontEnd:
         self, history: History, start: int, block: bytes, state: MemoryState, pending: tuple[int, ...]
     ) -> Steps[list[torch.Tensor]]:
         """Read the utterances from index `start` on, one block of tokens after the other; return their vectors."""
-        tokens, ends = list(pending), []
+        mem_token_id = self.processor.mem_token_id
+        tokens, ends, counts = list(pending), [], []
         for said in history.utterances[start:]:
-            tokens += self.processor.encode_utterance(said.speaker, said.text)
+            ids = self.processor.encode_utterance(said.speaker, said.text)
+            tokens += ids
             ends.append(len(tokens))
+            counts.append(ids.count(mem_token_id))
         vectors: list[torch.Tensor] = []
-        place = 0
+        unfinished: list[torch.Tensor] = []  # vectors of the utterance at the end of a block, which may divide it
+        repeated = pending.count(mem_token_id)  # of utterances that were read before
         for cut in range(0, len(tokens), MEMORY_BLOCK):
             ids = tokens[cut : cut + MEMORY_BLOCK]
             after = MemoryState(state.conv, state.ssm)
@@ -247,19 +255,18 @@ class FrontEnd:
                     torch.tensor([[1] * len(ids) + padding], device=self.model.device),
                 ).to(self.model.dtype)
             self.tokens_read += len(ids)
-            done = [end for end in ends[place:] if end <= cut + len(ids)]
-            # The block may repeat the ends of utterances that were read before.
-            new = new[len(new) - len(done) :] if done else new[:0]
+            unfinished += new[repeated:].unbind(0)
+            repeated = 0
             is_whole = len(ids) == MEMORY_BLOCK
             behind = digest(block, torch.tensor(ids).numpy().tobytes()) if is_whole else block
-            for end, vector in zip(done, new.unbind(0), strict=True):
+            while len(vectors) < len(ends) and ends[len(vectors)] <= cut + len(ids):
+                end, count = ends[len(vectors)], counts[len(vectors)]
                 at_end = is_whole and end == cut + MEMORY_BLOCK
                 rest = () if at_end else tuple(tokens[cut:end])
-                found = _Heard(vector.clone(), behind if at_end else block, rest)
-                key = history.digests[start + place + 1]
-                self.cache.put(("heard", key), found, [found.vector])
-                vectors.append(found.vector)
-                place += 1
+                found = _Heard(torch.stack(unfinished[:count]), behind if at_end else block, rest)
+                del unfinished[:count]
+                self.cache.put(("heard", history.digests[start + len(vectors) + 1]), found, [found.vectors])
+                vectors.append(found.vectors)
             if is_whole:
                 state, block = after, behind
                 # A state is large. Of a long history only the last ones are kept: the others are rarely continued.
@@ -280,41 +287,58 @@ class FrontEnd:
             text: the user's text.
             clips: content items by kind, from `encode_clips`.
         """
-        config = self.model.config
-        dropped = dropped_memories(len(history), self.max_memories)
+        ends = list(
+            accumulate(
+                self._count(said, key) for said, key in zip(history.utterances, history.digests[1:], strict=True)
+            )
+        )
+        dropped = dropped_memories(ends, self.max_memories)
+        earlier = history.messages()[bisect_right(ends, dropped) :]
         content = [{"type": kind, **item} for kind, item in clips.items()]
         if text:
             content.append({"type": "text", "text": text})
-        sample = self._writer.write(system, history.messages()[dropped:], {"role": "user", "content": content})
+        count = ends[-1] - dropped if ends else 0
+        sample = self._writer.write(system, earlier, {"role": "user", "content": content}, count)
         ids = sample["input_ids"]
-        placeholder = config.memory_token_id
+        placeholder = self.model.config.memory_token_id
         places = [place for place, token in enumerate(ids) if token == placeholder]
         prompt = Prompt(ids, torch.empty(0))
         if self.keeps_keys:
             limit = places[-1] + 1 if places else self._opening(system, ids)
-            self._reuse(prompt, history, dropped, places, limit)
+            self._reuse(prompt, history, ends, places, limit)
         there = sum(place < prompt.reused for place in places)
-        vectors = (yield from self.hear(history, dropped + there)) if places[there:] else []
+        vectors = None
+        if places[there:]:
+            first = bisect_right(ends, dropped + there)
+            heard = torch.cat((yield from self.hear(history, first)))
+            vectors = heard[len(heard) - len(places[there:]) :]  # without those of `first` that are reused
         prompt.embeddings = self._embed(ids[prompt.reused :], vectors, self.processor.pad([sample]))
         return prompt
+
+    def _count(self, said: Utterance, key: bytes) -> int:
+        """Return the number of memory vectors of an utterance, whose digest is `key`."""
+        found = self.cache.get(("heard", key)) if self.processor.memory_rate is not None else None
+        return self.processor.count_memories(said.speaker, said.text) if found is None else len(found.vectors)
 
     def _opening(self, system: str | None, ids: list[int]) -> int:
         """Return how many first positions a prompt without history shares with that of any other turn."""
         if system not in self._openings:
             if len(self._openings) >= MOST_OPENINGS:
                 self._openings.popitem(last=False)
-            self._openings[system] = self._writer.write(system, [], SOME_TURN)["input_ids"]
+            self._openings[system] = self._writer.write(system, [], SOME_TURN, 0)["input_ids"]
         self._openings.move_to_end(system)
         pairs = enumerate(zip(ids[:-1], self._openings[system], strict=False))
         return next((place for place, (one, other) in pairs if one != other), 0)
 
-    def _reuse(self, prompt: Prompt, history: History, dropped: int, places: list[int], limit: int) -> None:
+    def _reuse(self, prompt: Prompt, history: History, ends: list[int], places: list[int], limit: int) -> None:
         """Put the kept blocks of keys and values among the first `limit` positions into the cache of a prompt, and name
-        the missing ones."""
+        the missing ones. `ends` counts the memory vectors up to the end of each utterance."""
         names = [token.to_bytes(16, "little") for token in prompt.ids[:limit]]
-        for place, name in zip(places, history.digests[dropped + 1 :], strict=True):
-            names[place] = name
-        key, found = digest(b"keys", history.digests[dropped]), []
+        first = ends[-1] - len(places) if ends else 0
+        for vector, place in enumerate(places, first):
+            utterance = bisect_right(ends, vector)
+            names[place] = history.digests[utterance + 1] + (ends[utterance] - vector).to_bytes(4, "little")
+        key, found = digest(b"keys", history.digests[bisect_right(ends, first)]), []
         for start in range(0, limit - limit % PROMPT_BLOCK, PROMPT_BLOCK):
             key = digest(key, b"".join(names[start : start + PROMPT_BLOCK]))
             layers = self.cache.get(("keys", key)) if len(found) == len(prompt.blocks) else None
@@ -327,12 +351,13 @@ class FrontEnd:
             keys, values = (torch.cat([block[layer][which] for block in found], dim=-2) for which in (0, 1))
             prompt.cache.update(keys, values, layer)
 
-    def _embed(self, ids: list[int], vectors: list[torch.Tensor], inputs) -> torch.Tensor:
-        """Return the embeddings (positions, hidden_size) of a prompt from some position on."""
+    def _embed(self, ids: list[int], vectors: torch.Tensor | None, inputs) -> torch.Tensor:
+        """Return the embeddings (positions, hidden_size) of a prompt from some position on, where the memory has the
+        given vectors (vectors, hidden_size)."""
         body, config = self.model.model, self.model.config
         tokens = torch.tensor(ids, device=self.model.device)
         embeddings = self.model.get_input_embeddings()(tokens)
-        placed = {config.memory_token_id: torch.stack(vectors) if vectors else None}
+        placed = {config.memory_token_id: vectors}
         for kind, encode in (("video", body.get_video_features), ("audio", body.get_audio_features)):
             if f"{kind}_encoder_states" in inputs:
                 mask = "video_mask" if kind == "video" else "audio_encoder_mask"

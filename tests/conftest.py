@@ -282,6 +282,21 @@ def processor(base_folder):
     return EmpathicProcessor.from_pretrained(base_folder)
 
 
+# (memory_tokens, memory_rate): vectors of an utterance, and tokens for each vector.
+MEMORY_SIZES = [(1, None), (2, None), (1, 4), (3, 2)]
+
+
+@pytest.fixture(params=MEMORY_SIZES[1:], ids=lambda size: "-".join(map(str, size)))
+def sized(request, model, processor):
+    """The model and the processor with several memory vectors for an utterance."""
+    import copy
+
+    processor = copy.copy(processor)
+    for part in (model.config, processor):
+        part.memory_tokens, part.memory_rate = request.param
+    return model.eval(), processor
+
+
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory, grey_frames, tone):
     """A real mp4 of one second: H.264 picture and AAC sound."""

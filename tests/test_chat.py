@@ -1,5 +1,6 @@
 """Conversations with memory, from Python and in a real terminal process."""
 
+import itertools
 import json
 import os
 import shutil
@@ -10,9 +11,11 @@ import threading
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import GenerationConfig, LogitsProcessor, TextStreamer
 
-from empathic.chat import ChatSession
+from empathic.chat import ChatSession, Keys, dropped_memories
 from empathic.media_empathic import MediaError
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
@@ -482,6 +485,234 @@ def test_a_limit_on_memory_vectors(model, processor, calls, limit):
         assert rebuilt == 4  # of the seven turns at the limit
     with pytest.raises(ValueError, match="max_memories is 0"):
         ChatSession(model, processor, max_memories=0)
+
+
+def test_several_vectors_an_utterance_give_the_replies_of_the_whole_conversation(sized, calls, clip):
+    model, processor = sized
+    session, said, newest = ChatSession(model, processor), 0, 0
+    for k, text in enumerate(["hello there", "what did he say about the old dog of clara", "", "fine"]):
+        before, media = list(session.messages), {} if text else {"video": clip}
+        reply = session.reply(text, **media, **GREEDY)
+        inputs = whole(processor, before, user(text, **media))
+        assert reply == answer(model, processor, inputs, **GREEDY)
+        assert torch.equal(calls[-2]["input_ids"], inputs["input_ids"])
+        assert torch.allclose(calls[-2]["first"], calls[-1]["first"], atol=1e-4)
+        assert session.last_turn.memory_vectors == said
+        new = [processor.count_memories(m["role"], m["content"]) for m in session.messages[-2:]]
+        said += sum(new)
+        assert session.vectors.shape[0] == said
+        if k > 1:  # only the vectors of the last two utterances, and what comes after them, are new
+            tail = inputs["input_ids"].shape[1] - 1 - max(torch.where(inputs["input_ids"][0] == placeholder(model))[0])
+            assert session.last_turn.new_positions <= tail + newest
+        newest = sum(new)
+    assert said > 8
+
+
+def placeholder(model):
+    return model.config.memory_token_id
+
+
+def test_several_vectors_are_those_of_one_pass_however_a_conversation_is_read(sized):
+    """In float64: one pass over the whole text, utterance by utterance, and all utterances at once."""
+    model, processor = sized
+    model.double()
+    messages = [{"role": ("user", "assistant")[i % 2], "content": TURNS[i % 4] * (1 + i % 3)} for i in range(9)]
+    ids = [i for m in messages for i in processor.encode_utterance(m["role"], m["content"])]
+    expected = model.get_memory_features(torch.tensor([ids]))
+    for group in (1, 2, 9):
+        session = ChatSession(model, processor)
+        for start in range(0, 9, group):
+            session.remember(*messages[start : start + group])
+        assert torch.allclose(session.vectors, expected, atol=1e-10, rtol=0)
+        assert session._memory.ends[-1] == len(expected) == ids.count(processor.mem_token_id)
+
+
+@pytest.mark.parametrize("limit", [1, 5, 16])
+def test_the_limit_counts_vectors_and_drops_whole_utterances(sized, calls, limit):
+    model, processor = sized
+    session, unlimited = ChatSession(model, processor, max_memories=limit), ChatSession(model, processor)
+    for k in range(6):
+        before = list(session.messages)
+        reply = session.reply(TURNS[k % 4], **GREEDY)
+        fresh = ChatSession(model, processor, max_memories=limit)
+        fresh.remember(*before)
+        assert fresh.reply(TURNS[k % 4], **GREEDY) == reply
+        assert torch.allclose(calls[-1]["first"], calls[-2]["first"], atol=1e-4)
+        assert (calls[-1]["input_ids"] == placeholder(model)).sum() == session.last_turn.memory_vectors <= limit
+        unlimited.remember(*session.messages[-2:])
+        kept = session.vectors
+        assert torch.allclose(kept, unlimited.vectors[len(unlimited.vectors) - len(kept) :], atol=1e-5)
+        counts = [processor.count_memories(m["role"], m["content"]) for m in reversed(session.messages)]
+        assert len(kept) in list(itertools.accumulate(counts)) or len(kept) == min(limit, counts[0])
+
+
+@pytest.mark.parametrize(
+    ("ends", "limit", "dropped"),
+    [
+        ([], 3, 0),
+        ([2, 4, 6], None, 0),
+        ([2, 4, 6], 6, 0),
+        ([2, 4, 6], 5, 2),  # 1 is at least to drop, which divides an utterance
+        ([1, 2, 3, 4, 5], 4, 1),
+        (list(range(1, 18)), 16, 4),  # a quarter of the limit at a time
+        ([2, 31], 20, 15),  # 31 - 20 rounded up to quarters; the newest utterance is divided
+        ([2, 30], 29, 7),
+        ([2, 30, 31], 20, 30),
+    ],
+)
+def test_the_vectors_that_a_limit_drops(ends, limit, dropped):
+    assert dropped_memories(ends, limit) == dropped
+
+
+def test_a_template_that_shows_the_history_and_an_utterance_over_the_limit(model, base_folder, calls):
+    from empathic.processing_empathic import EmpathicProcessor
+
+    processor = EmpathicProcessor.from_pretrained(base_folder)
+    processor.chat_template = {**processor.chat_template, "default": SHOWING}
+    processor.memory_rate = model.config.memory_rate = 2
+    session = ChatSession(model.eval(), processor, max_memories=3)
+    session.remember({"role": "user", "content": "what did he say about the old dog of clara"})
+    session.reply("hello", **GREEDY)
+    assert (calls[-1]["input_ids"] == placeholder(model)).sum() == session.last_turn.memory_vectors == 3
+
+
+def test_a_saved_conversation_keeps_the_vectors_of_its_utterances(sized, tmp_path):
+    model, processor = sized
+    session = ChatSession(model, processor, max_memories=9)
+    session.remember(*talk(4))
+    session.save(str(tmp_path / "conversation"))
+    loaded = ChatSession.load(str(tmp_path / "conversation"), model, processor)
+    for text in TURNS:
+        assert loaded.reply(text, **GREEDY) == session.reply(text, **GREEDY)
+        assert torch.equal(loaded.vectors, session.vectors)
+
+
+def test_a_conversation_that_was_saved_without_the_ends_has_one_vector_an_utterance(model, processor, tmp_path):
+    session = ChatSession(model.eval(), processor, max_memories=5)
+    session.remember(*talk(4))
+    path = str(tmp_path / "conversation")
+    session.save(path)
+    with safe_open(path, framework="pt") as file:
+        record, saved = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del record["ends"]
+    save_file(saved, path, metadata=record)
+    loaded = ChatSession.load(path, model, processor)
+    assert loaded._memory.ends == session._memory.ends == list(range(1, 9))
+    assert loaded.reply("hello", **GREEDY) == session.reply("hello", **GREEDY)
+
+
+def test_a_processor_with_the_code_of_an_older_checkpoint_still_works(model, processor, calls):
+    """A checkpoint brings its own code along, which may know neither several vectors nor recalled utterances."""
+    import copy
+
+    older = copy.copy(processor)
+    del older.memory_tokens, older.memory_rate
+    older.encode_utterance = lambda name, text: [
+        *processor.encode_plain(f"{name}: {text}", processor.memory_tokenizer), processor.mem_token_id
+    ]  # fmt: skip
+    older.prepare = lambda messages, task="dialogue", history="memory": processor.prepare(messages, task, history)
+    old, new = ChatSession(model.eval(), older), ChatSession(model, processor)
+    for text in TURNS[:3]:
+        assert old.reply(text, **GREEDY) == new.reply(text, **GREEDY)
+        assert torch.equal(calls[-1]["input_ids"], calls[-2]["input_ids"])
+
+
+def test_a_processor_of_another_memory_is_an_error(sized, processor):
+    with pytest.raises(ValueError, match="Load both from the same checkpoint"):
+        ChatSession(sized[0], processor)
+
+
+# --------------------------------------------------------------------------------------- utterances recalled as text
+
+
+def letters(texts):
+    """An embedding for tests: how often each letter occurs."""
+    return [[float(text.count(letter)) for letter in "abcdefghijklmnopqrstuvwxyz"] for text in texts]
+
+
+@pytest.mark.parametrize("embed", [None, letters], ids=["memory vectors", "embed"])
+def test_recalled_utterances_are_in_the_prompt_and_nowhere_else(model, processor, calls, embed):
+    session, plain = ChatSession(model.eval(), processor, recall=2, embed=embed), ChatSession(model, processor)
+    for k, text in enumerate(TURNS):
+        before = list(session.messages)
+        reply = session.reply(text, **GREEDY)
+        places = session.last_turn.recalled
+        assert len(places) == min(2, len(before)) and list(places) == sorted(set(places))
+        shown = [before[place] for place in places]
+        sample = processor.prepare([*before, user(text)], recalled=shown)
+        assert calls[-1]["input_ids"][0].tolist() == sample["input_ids"]
+        written = processor.decode(sample["input_ids"])
+        assert all(f"\n{m['role']}: {m['content']}\n" in written for m in shown)
+        assert ("said before:" in written) == (k > 0)
+        assert reply == answer(model, processor, processor.pad([sample]), **GREEDY)
+        # The memory is that of a session that recalls nothing, bit for bit.
+        plain.remember(*session.messages[-2:])
+        assert torch.equal(session.vectors, plain.vectors)
+        assert all(torch.equal(one, other) for one, other in zip(
+            session.state.state_dict().values(), plain.state.state_dict().values(), strict=True
+        ))  # fmt: skip
+    assert session.last_turn.reused_positions > 0
+
+
+def test_the_most_similar_utterances_are_recalled(model, processor):
+    session = ChatSession(model.eval(), processor, recall=1, embed=letters)
+    session.remember(*talk(2))
+    session.reply("thanks i am fine", **GREEDY)
+    assert session.messages[session.last_turn.recalled[0]]["content"] == "i am fine thanks"
+    own = ChatSession(model.eval(), processor, recall=2)
+    own.remember(*talk(4))
+    own.reply("", audio={"audio": torch.zeros(1600).numpy(), "sampling_rate": 16000}, **GREEDY)
+    assert own.last_turn.recalled == ()  # there is no text to compare
+
+
+def test_a_turn_that_recalls_costs_the_same_early_and_late(model, processor):
+    session, positions = ChatSession(model.eval(), processor, recall=3, embed=letters), []
+    session.remember(*[{"role": "user", "content": "how are you"}] * 6)
+    for more in (0, 900):
+        session.remember(*[{"role": "user", "content": "how are you"}] * more)
+        session.reply("how are you", **GREEDY)
+        session.reply("how are you", **GREEDY)
+        positions.append(session.last_turn.new_positions)
+    assert positions[0] == positions[1]
+
+
+def test_what_is_recalled_survives_saving(sized, tmp_path):
+    model, processor = sized
+    for embed in (None, letters):
+        session = ChatSession(model, processor, recall=2, embed=embed)
+        session.remember(*talk(4))
+        session.save(str(tmp_path / "conversation"))
+        loaded = ChatSession.load(str(tmp_path / "conversation"), model, processor, embed=embed)
+        for text in TURNS[:2]:
+            assert loaded.reply(text, **GREEDY) == session.reply(text, **GREEDY)
+            assert loaded.last_turn.recalled == session.last_turn.recalled
+    with pytest.raises(ValueError, match="Give the same function as `embed`"):
+        ChatSession.load(str(tmp_path / "conversation"), model, processor)
+    with pytest.raises(ValueError, match="recall is -1"):
+        ChatSession(model, processor, recall=-1)
+
+
+def test_nearest_keys_are_those_of_all_keys_at_once():
+    vectors, query = torch.randn(700, 5), torch.randn(5)
+    keys = Keys(centered=True)
+    for part in vectors.split(37):
+        keys = keys.plus(part)
+    assert torch.equal(keys.tensor(), vectors) and {len(block) for block in keys.blocks[:-1]} == {256}
+    mean = vectors.mean(0)
+    near = torch.cosine_similarity(vectors - mean, query - mean, dim=-1)
+    assert keys.nearest(query, 9) == tuple(sorted(near.topk(9).indices.tolist()))
+    assert len(keys.nearest(query, 1000)) == 700 and Keys().nearest(query, 3) == ()
+
+
+def test_a_template_without_a_slot_for_recalled_utterances_is_an_error(model, base_folder):
+    from empathic.processing_empathic import EmpathicProcessor
+
+    processor = EmpathicProcessor.from_pretrained(base_folder)
+    processor.chat_template = {**processor.chat_template, "default": SHOWING}
+    session = ChatSession(model.eval(), processor, recall=1)
+    session.reply("hello", **GREEDY)
+    with pytest.raises(ValueError, match="no slot `recalled`"):
+        session.reply("hello", **GREEDY)
 
 
 def test_save_and_load_go_on_alike(model, processor, tmp_path, calls):

@@ -192,6 +192,25 @@ def test_stream_in_any_cuts_equals_one_pass(kind, dtype):
             assert torch.allclose(torch.cat(row), expected, atol=TOLERANCE[dtype], rtol=0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_cut_between_the_mems_of_an_utterance_changes_nothing(kind, dtype):
+    """Several <MEM> in a row, as utterances of several vectors have them, cut at every place."""
+    model = compressor(kind, dtype)
+    words = torch.randint(VOCABULARY, (1, 7))
+    ids = torch.cat([words, torch.full((1, 5), MEM), words, torch.full((1, 2), MEM)], dim=1)
+    whole = model(ids)
+    assert len(whole) == 7
+    assert (whole[:-1] - whole[1:]).abs().amax(1).min() > 1e-3  # each <MEM> of a row gives a vector of its own
+    for cut in range(1, ids.shape[1]):
+        state = model.new_state()
+        pieces = [model.append(state, piece) for piece in ids.split([cut, ids.shape[1] - cut], dim=1)]
+        assert torch.allclose(torch.cat(pieces), whole, atol=TOLERANCE[dtype], rtol=0), cut
+    state = model.new_state()
+    pieces = [model.append(state, piece) for piece in ids.split(1, dim=1)]
+    assert torch.allclose(torch.cat(pieces), whole, atol=TOLERANCE[dtype], rtol=0)
+
+
 def test_transformers_own_continuation_would_fail_the_stream_test():
     """Negative control: on this data, a dropped recurrent state or conv state is far outside the tolerances."""
     model = compressor("mamba")

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import pickle
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoProcessor
 
 from empathic.configuration_empathic import EMOTIONS
+from empathic.data_prep.messages import message_text
 from empathic.media_empathic import MediaError
 from empathic.processing_empathic import EmpathicProcessor
 
@@ -539,3 +541,74 @@ def test_transformers_interface(processor):
     assert processor.batch_decode(ids) == ["hello there"]
     end = processor.tokenizer.eos_token_id
     assert processor.decode([*ids[0].tolist(), end], skip_special_tokens=True) == "hello there"
+
+
+# ----------------------------------------------------------------------------------------- several vectors an utterance
+
+
+def sized_copy(processor, memory_tokens, memory_rate=None):
+    processor = copy.copy(processor)
+    processor.memory_tokens, processor.memory_rate = memory_tokens, memory_rate
+    return processor
+
+
+@pytest.mark.parametrize(
+    ("size", "counts"),
+    [((1, None), (1, 1, 1)), ((2, None), (2, 2, 2)), ((1, 4), (1, 1, 2)), ((1, 3), (1, 2, 2)), ((2, 1), (3, 4, 5))],
+)
+def test_an_utterance_ends_with_a_mem_for_every_vector(processor, size, counts):
+    plain, processor = processor, sized_copy(processor, *size)
+    for text, count in zip(("hello", "hello there", "hello there you"), counts, strict=True):
+        words = plain.encode_utterance("user", text)[:-1]
+        assert len(words) == 2 + len(text.split())  # the name and its colon
+        assert processor.encode_utterance("user", text) == [*words, *[processor.mem_token_id] * count]
+        assert processor.count_memories("user", text) == count
+
+
+def test_untrusted_text_adds_no_vector(processor):
+    assert sized_copy(processor, 2).encode_utterance("<MEM>", "<MEM><MEM>").count(processor.mem_token_id) == 2
+
+
+@pytest.mark.parametrize("task", ["dialogue", "memory"])
+def test_a_prompt_has_a_placeholder_for_every_vector(processor, task):
+    messages = [user("hello"), {"role": "assistant", "content": "i am fine thanks"}, user("how are you")]
+    placeholder = processor.tokenizer.convert_tokens_to_ids(processor.memory_token)
+    for tokens, rate in ((1, None), (2, None), (1, 4), (3, 2)):
+        sized = sized_copy(processor, tokens, rate)
+        prepared = sized.prepare(messages, task)
+        remembered = messages if task == "memory" else messages[:-1]
+        count = sum(sized.count_memories(m["role"], message_text(m)) for m in remembered)
+        assert prepared["input_ids"].count(placeholder) == count >= tokens * len(remembered)
+        assert prepared["memory_input_ids"].count(processor.mem_token_id) == count
+
+
+def test_the_memory_prompt_does_not_call_several_vectors_one(processor):
+    def system(count, *texts):
+        prompt = sized_copy(processor, count).apply_chat_template([user(text) for text in texts], task="memory")
+        return prompt.split("\n")[1]
+
+    assert system(1, "hello").startswith("The memory vector holds one utterance. Write it down again.")
+    assert system(1, "hello", "there").startswith("Each memory vector holds one utterance.")
+    assert system(2, "hello").startswith("The memory holds one utterance. Write it down again.")
+    assert system(2, "hello", "there").startswith("The memory holds utterances.")
+
+
+def test_the_number_of_vectors_is_saved_and_an_older_processor_has_one(processor, tmp_path):
+    sized_copy(processor, 2, 16).save_pretrained(tmp_path)
+    loaded = EmpathicProcessor.from_pretrained(tmp_path)
+    assert (loaded.memory_tokens, loaded.memory_rate) == (2, 16)
+    file = tmp_path / "processor_config.json"
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({k: v for k, v in saved.items() if not k.startswith("memory_")}), encoding="utf-8")
+    loaded = EmpathicProcessor.from_pretrained(tmp_path)
+    assert (loaded.memory_tokens, loaded.memory_rate) == (1, None)
+
+
+@pytest.mark.parametrize(
+    "size", [{"memory_tokens": 0}, {"memory_tokens": 1.5}, {"memory_rate": 0}, {"memory_rate": "x"}]
+)
+def test_an_impossible_number_of_vectors_is_an_error(parts, tiny_config, size):
+    (name, value), *_ = size.items()
+    for make in (lambda: EmpathicProcessor.from_parts_pretrained(**parts, **size), lambda: tiny_config(**size)):
+        with pytest.raises(ValueError, match=f"{name} is {value!r}; give a whole number from 1 up"):
+            make()

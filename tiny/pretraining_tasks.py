@@ -54,6 +54,7 @@ def _pieces(task, system, has_sentence, num_memories, audio, video, emotion, rol
         sentence=_MARK if has_sentence and task != "memory" else None,
         history="text",
         num_memories=num_memories,
+        num_utterances=num_memories,
         memory_placeholder="<|memory|>",
         audio=audio,
         video=video,

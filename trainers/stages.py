@@ -26,6 +26,7 @@ TRAINED_PARTS = {
     "epo": (),
 }
 STAGES = tuple(TRAINED_PARTS)
+MEMORY_STAGES = ("memory_single", "memory_multi")
 LORA_STAGES = ("dialogue", "epo")
 
 # Whisper and CLIP also have a q_proj, so the pattern matches the language model only.

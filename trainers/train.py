@@ -32,7 +32,7 @@ from ..composition_empathic import (
     read_stage,
     resolve_base,
 )
-from ..configuration_empathic import AUDIO_WINDOWS
+from ..configuration_empathic import AUDIO_WINDOWS, MEMORY_SIZE, check_memory_size
 from ..data_prep.loading import PAIR_COLUMNS, TURN_COLUMNS, load_prepared, negatives_limit
 from ..data_prep.views import Conversations, DialogueSamples, EmotionClips, Utterances, check_splits
 from ..errors import run_program
@@ -54,7 +54,7 @@ from .preference_collator import PreferenceCollator
 from .quantization import check_not_sharded, load_quantized_model, quantization_config, quantize_language_model
 from .samples import SampleStream, StageCollator, dialogue_sample, draw_utterances, emotion_sample, rebuild_sample
 from .stage_trainer import StageTrainer
-from .stages import LORA_STAGES, STAGES, StageConfig, check_choice, freeze_for_stage, lora_targets
+from .stages import LORA_STAGES, MEMORY_STAGES, STAGES, StageConfig, check_choice, freeze_for_stage, lora_targets
 from .stopping import NOTICE, StopWhenAsked
 
 logger = logging.get_logger(__name__)
@@ -137,6 +137,19 @@ class ScriptArguments:
             "measures mean and deviation on its first samples."
         },
     )
+    memory_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "New model, and stages memory_single and memory_multi: number of memory vectors of an utterance; "
+            "the model's own number (1 for a new model) if left out."
+        },
+    )
+    memory_rate: int | None = field(
+        default=None,
+        metadata={
+            "help": "Likewise: one memory vector for every so many tokens of an utterance, and at least memory_tokens."
+        },
+    )
     video_token: str | None = field(
         default=None, metadata={"help": "New model: the unused special token that stands for a vector of a video."}
     )
@@ -168,6 +181,7 @@ class ScriptArguments:
     def __post_init__(self):
         check_choice("stage", self.stage, STAGES)
         check_choice("audio_window", self.audio_window, AUDIO_WINDOWS)
+        check_memory_size(1 if self.memory_tokens is None else self.memory_tokens, self.memory_rate)
         for name in ("dataset_name", "eval_split"):
             if isinstance(getattr(self, name), str):  # a single name in YAML
                 setattr(self, name, [getattr(self, name)])
@@ -212,7 +226,8 @@ def parse(argv: list[str], *more: type) -> tuple:
     script, model_args = parsed[0], parsed[2]
     check_model_options(model_args)
     if model_args.model_name_or_path is not None:
-        check_unset(script, NEW_MODEL_OPTIONS, f"the model of {model_args.model_name_or_path} has its own value")
+        names = NEW_MODEL_OPTIONS if script.stage in MEMORY_STAGES else (*NEW_MODEL_OPTIONS, *MEMORY_SIZE)
+        check_unset(script, names, f"the model of {model_args.model_name_or_path} has its own value")
     if processes != 1 and parsed[1].world_size != processes:
         raise RuntimeError(
             f"{processes} processes were started, but each sees {parsed[1].world_size}. Add --use_cpu True."
@@ -255,16 +270,24 @@ def token_options(script: ScriptArguments) -> dict[str, str]:
     return {name: getattr(script, name) for name in names if getattr(script, name) is not None}
 
 
+def memory_size(script: ScriptArguments) -> dict[str, int]:
+    """Return the given ones of the options that say how many vectors the memory has."""
+    return {name: getattr(script, name) for name in MEMORY_SIZE if getattr(script, name) is not None}
+
+
 def build_processor(script: ScriptArguments, model_args: ModelConfig) -> EmpathicProcessor:
     """Build the processor of the model that `build_model` gives."""
     if model_args.model_name_or_path is not None:
-        return EmpathicProcessor.from_pretrained(model_args.model_name_or_path, revision=revision_of(model_args))
+        processor = EmpathicProcessor.from_pretrained(model_args.model_name_or_path, revision=revision_of(model_args))
+        vars(processor).update(memory_size(script))
+        return processor
     return EmpathicProcessor.from_parts_pretrained(
         **part_names(script),
         num_query_tokens=script.num_query_tokens,
         num_frames=script.num_frames,
         max_audio_seconds=script.max_audio_seconds,
         with_text=script.with_text,
+        **memory_size(script),
         **token_options(script),
     )
 
@@ -287,6 +310,7 @@ def build_model(script: ScriptArguments, model_args: ModelConfig) -> tuple[Any, 
         load = load_model if quantization is None else partial(load_quantized_model, config=quantization)
         model = load(path, trainable=trainable, revision=revision, **options)
         base = path, revision
+        vars(model.config).update(memory_size(script))
         if isinstance(model, PeftModel):  # an adapter that is trained further keeps its own base
             stage = read_stage(path, revision=revision)
             base = resolve_base(path, stage["base"]), stage.get("base_revision")
@@ -305,6 +329,7 @@ def build_model(script: ScriptArguments, model_args: ModelConfig) -> tuple[Any, 
         "initializer_range": script.qformer_init,
     }
     sizes |= {name: getattr(script, name) for name in ("audio_window", "standardize_features")}
+    sizes |= memory_size(script)
     base = {**parts, **sizes, **token_options(script), "video_qformer_config": qformer, "audio_qformer_config": qformer}
     model = EmpathicForConditionalGeneration.from_parts_pretrained(**base, **options)
     if quantization is not None:

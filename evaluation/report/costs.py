@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..memory_rates import RATE_SCORES
 from ..published import TABLE_3
 from ..reconstruction import SCORE_COLUMNS
 from .parts import Missing, Part, Table
@@ -130,6 +131,8 @@ def reconstruction_parts(results: Mapping, written: list[Mapping]) -> list[Part]
         f"{results['model']} on {results['data']}, split {results['split']}.",
         Table("Utterances rebuilt from their memory vectors (Table 8)", header, rows, published=1, notes=notes),
     ]
+    if results.get("rates"):
+        parts.append(_rate_table(results["rates"]))
     if not written:
         parts.append(
             Missing("Examples of rebuilt utterances: reconstruction.jsonl is not next to reconstruction.json.")
@@ -138,6 +141,23 @@ def reconstruction_parts(results: Mapping, written: list[Mapping]) -> list[Part]
         for entry in [entry for entry in written if str(entry["utterances"]) == length][:EXAMPLES]:
             parts.append(_example(length, entry))
     return parts
+
+
+def _rate_table(rates: list[Mapping]) -> Table:
+    names = [name for name in RATE_SCORES if any(name in row for row in rates)]
+    rows = [
+        [
+            f"all {row['utterances']:,}" if row is rates[0] else f"{row['utterances']:,}",
+            f"{row['tokens']:.1f}",
+            f"{row['vectors']:.2f}",
+            f"{row['vectors_per_token']:.3f}",
+            *(_score(row, name) for name in names),
+        ]
+        for row in rates
+    ]
+    header = ["utterances", "tokens", "vectors", "vectors per token", *(RATE_SCORES[name] for name in names)]
+    notes = ["Names and numbers: words with a digit, number words, and words capitalized within a sentence."]
+    return Table("Utterances rebuilt alone, by memory vectors per token", header, rows, notes=notes)
 
 
 def _score(row: Mapping, name: str) -> str:

@@ -16,7 +16,7 @@ from empathic.benchmarks.efficiency_arms import (
     preset_parts,
     shared,
 )
-from empathic.benchmarks.efficiency_turns import measure_turns, session_at
+from empathic.benchmarks.efficiency_turns import language_model_alone, measure_turns, session_at
 from empathic.benchmarks.memory_plan import weight_bytes
 from empathic.benchmarks.scan import compare, encoder_sides, peaks, scan_sides
 from empathic.cli import build_parser
@@ -27,6 +27,28 @@ from empathic.cli import main as cli
 def tiny():
     torch.manual_seed(0)
     return preset_parts("tiny", torch.float32, "cpu")
+
+
+def test_several_vectors_an_utterance_are_counted(tmp_path):
+    torch.manual_seed(0)
+    model, processor = preset_parts("tiny", torch.float32, "cpu", memory_tokens=2, memory_rate=5)
+    messages = make_conversation(processor, 6, 12)
+    counts = [processor.count_memories(m["role"], m["content"]) for m in messages[:-1]]
+    assert min(counts) >= 2 and max(counts) >= 3
+    one = count_positions(preset_parts("tiny", torch.float32, "meta")[1], messages)["memory"]
+    found = count_positions(processor, messages)["memory"]
+    assert all(found[key] - one[key] == sum(counts) - 6 for key in found)
+    arms = prepare_arms(model, processor, messages)
+    with torch.inference_mode():
+        assert torch.allclose(arms["compressed"].run(1), arms["streaming"].run(1), atol=1e-4)
+    assert arms["streaming"].new_positions < arms["compressed"].new_positions
+    assert efficiency.position_rows(processor, tokens=25, seed=0)[0]["wanted"] is None
+    options = ["--plan", "--memory_rate", "5", "--utterance", "12", "--turns", "2", "--output", str(tmp_path)]
+    memory = efficiency.main(options)["memory"]
+    assert memory["memory_rate"] == 5 and memory["vectors"] > 2 and 3 < memory["tokens"] < 6
+    assert "memory vectors, one for" in (tmp_path / "efficiency.md").read_text()
+    with pytest.raises(SystemExit, match="a checkpoint has its own"):
+        efficiency.settle(efficiency.parse(["--model", "x", "--memory_rate", "5"]))
 
 
 @pytest.mark.parametrize("turns", [1, 2, 5, 8])
@@ -130,7 +152,19 @@ def test_whole_turns(model, processor):
     conversations = {turns: make_conversation(processor, turns, 6) for turns in (4, 8)}
     found = measure_turns(model.eval(), processor, conversations, reply=2, repeats=1)
     assert found[4]["new_positions"] == found[8]["new_positions"]
-    assert all(found[4][key] >= 0 for key in ("streaming", "anew", "encoding", "reading"))
+    assert all(found[4][key] >= 0 for key in ("streaming", "anew", "encoding", "reading", "model"))
+
+
+def test_the_language_model_alone_runs_over_the_positions_of_a_turn(model):
+    seen = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    with torch.inference_mode():
+        run = language_model_alone(model.eval(), positions=5, reused=7, reply=3)
+        run()
+        run()
+    assert seen == [7, 5, 1, 1, 5, 1, 1]
 
 
 def test_the_scan_equals_the_default_and_takes_less_memory():
@@ -229,7 +263,11 @@ def test_evaluate_shows_an_example(table, capsys):
 
 
 def test_the_command_in_the_report_gives_the_same_options():
-    for given in (["--turns", "3", "--reply", "4", "--no-ratios"], ["--paper", "--dialogues", "2", "--seed", "7"]):
+    for given in (
+        ["--turns", "3", "--reply", "4", "--no-ratios"],
+        ["--paper", "--dialogues", "2", "--seed", "7"],
+        ["--memory_tokens", "2", "--memory_rate", "16"],
+    ):
         options = efficiency.settle(efficiency.parse([*given, "--device", "cpu"]))
         assert efficiency.settle(efficiency.parse(efficiency.as_arguments(options))) == options
 

@@ -100,7 +100,7 @@ def test_the_command_writes_table_texts_and_examples(base_folder, recordings, ro
     results = json.loads((out / "reconstruction.json").read_text())
     assert results["runs"] == {"1": 5, "2": 5} and results["without"] == [9]
     for row in results["scores"].values():
-        assert set(row) == set(r.SCORE_COLUMNS) and all(0 <= value <= 1 for value in row.values())
+        assert set(row) == set(r.SCORE_COLUMNS) - {"names"} and all(0 <= value <= 1 for value in row.values())
     written = [json.loads(line) for line in (out / "reconstruction.jsonl").read_text().splitlines()]
     assert [entry["utterances"] for entry in written] == [1] * 5 + [2] * 5
     pairs = [(entry["rebuilt"], entry["original"]) for entry in written[5:]]
@@ -109,8 +109,10 @@ def test_the_command_writes_table_texts_and_examples(base_folder, recordings, ro
     assert "| published (MultiDialog, test_freq) | | 0.848 | 0.679 | 0.969 |" in report
     assert report.count("| original | rebuilt |") == 4 and "long enough for: 9" in report
     assert "layer 2, F1" in report and "5 runs" in capsys.readouterr().out
+    assert results["rates"][0]["utterances"] == 5 and results["rates"][0]["vectors"] == 1.0
+    assert "vectors per token" in report and (out / "reconstruction.png").is_file()
     # The same seed gives the same table.
-    assert cli([*command, *options[:4], "--output", str(tmp_path / "again")]) == 0
+    assert cli([*command, *options[:4], "--output", str(tmp_path / "again"), "--compare", str(out)]) == 0
     assert json.loads((tmp_path / "again" / "reconstruction.json").read_text())["scores"] == results["scores"]
 
 
@@ -133,6 +135,8 @@ def test_what_cannot_be_evaluated_is_an_error(base_folder, recordings, tmp_path,
     assert "nosuch" in capsys.readouterr().err
     assert cli([*command, "--split", "validation", "--utterances", "9", "--bertscore_model", "none"]) == 1
     assert "No conversation has 9 utterances" in capsys.readouterr().err
+    assert cli([*command, "--compare", str(tmp_path / "nothing")]) == 1
+    assert "has no rates to compare with" in capsys.readouterr().err
 
 
 def test_texts_of_models_are_text_in_the_report():

@@ -72,6 +72,32 @@ def test_a_conversation_that_continues_has_the_bits_of_one_that_is_rebuilt(any_m
     assert (reused > 0) == (max_bytes > 0)
 
 
+@pytest.mark.parametrize("block", [prompts.MEMORY_BLOCK, 5], ids=["", "mems divided"])
+@pytest.mark.parametrize("limit", [None, 9])
+def test_several_vectors_an_utterance_have_the_bits_of_a_rebuilt_conversation(sized, monkeypatch, block, limit):
+    """Blocks of five tokens divide the <MEM> of an utterance."""
+    monkeypatch.setattr(prompts, "MEMORY_BLOCK", block)
+    model, processor = sized
+    rng, history = random.Random(0), History()
+    front = front_end(model, processor, 60_000, max_memories=limit)
+    for _ in range(8):
+        text = sentence(rng)
+        prompt, logits = process(front, history, text)
+        fresh, expected = process(front_end(model, processor, max_memories=limit), History(history.utterances), text)
+        assert prompt.ids == fresh.ids and torch.equal(logits, expected)
+        if limit is None:
+            inputs = processor.apply_chat_template(
+                [*history.messages(), {"role": "user", "content": text}],
+                add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+            )  # fmt: skip
+            assert inputs["input_ids"][0].tolist() == prompt.ids
+            assert torch.allclose(logits, model(**inputs).logits[:, -1], atol=1e-4)
+        else:
+            assert prompt.ids.count(model.config.memory_token_id) <= limit
+        history = history.plus(Utterance("user", None, text), Utterance("assistant", None, sentence(rng)))
+        all_steps(front.hear(history, len(history) - 2))
+
+
 def test_the_logits_are_those_of_the_whole_prompt_in_one_pass(any_model, processor):
     for turns in (0, 1, 7):
         history = talk(turns)

@@ -165,6 +165,30 @@ def test_from_pretrained_and_merge_give_the_same_model(stages, stage, tmp_path, 
         assert torch.allclose(whole.eval()(**inputs).logits, expected, atol=1e-4)
 
 
+def test_the_memory_stages_may_change_the_number_of_vectors(stages, data, tmp_path):
+    run("memory_single", data, tmp_path / "single", "--model_name_or_path", stages["emotion"], "--memory_tokens", "2")
+    more = "--model_name_or_path", str(tmp_path / "single")
+    run("memory_multi", data, tmp_path / "multi", *more, "--memory_rate", "3")
+    run("dialogue", data, tmp_path / "dialogue", "--model_name_or_path", str(tmp_path / "multi"), "--lora_r", "4")
+    merge(str(tmp_path / "dialogue"), str(tmp_path / "whole"))
+    sizes = {"single": (2, None), "multi": (2, 3), "dialogue": (2, 3), "whole": (2, 3)}
+    for name, size in sizes.items():
+        config = load_model(str(tmp_path / name)).config
+        processor = EmpathicProcessor.from_pretrained(tmp_path / name)
+        assert (config.memory_tokens, config.memory_rate) == size
+        assert (processor.memory_tokens, processor.memory_rate) == size
+    with pytest.raises(ValueError, match="memory_tokens is 2, but has no effect"):
+        run("dialogue", data, tmp_path / "d", "--model_name_or_path", str(tmp_path / "multi"), "--memory_tokens", "2")
+
+
+def test_a_new_model_gets_the_number_of_vectors(parts, data, tmp_path):
+    composed = [option for name in train.PART_NAMES for option in (f"--{name}", parts[name])]
+    run("memory_single", data, tmp_path / "new", *composed, *QFORMER, "--num_query_tokens", "4", "--memory_rate", "3")
+    config = EmpathicForConditionalGeneration.from_pretrained(tmp_path / "new").config
+    assert (config.memory_tokens, config.memory_rate) == (1, 3)
+    assert EmpathicProcessor.from_pretrained(tmp_path / "new").memory_rate == 3
+
+
 def test_epo_raises_the_margin(stages, data, pairs, tmp_path):
     options = ["--model_name_or_path", stages["dialogue"], "--max_steps", "12", "--learning_rate", "3e-3"]
     run("epo", pairs, tmp_path / "epo", *options, "--logging_steps", "1")
