@@ -13,7 +13,7 @@ SOUND = {"type": "input_audio", "input_audio": {"data": "aGk=", "format": "wav"}
 
 
 def read(body, **limits):
-    return read_chat({"model": "m", "messages": [USER], **body}, "m", Limits(**limits))
+    return read_chat({"model": "m", "messages": [USER], **body}, ["m"], Limits(**limits))
 
 
 def test_a_whole_request_is_read():
@@ -223,7 +223,7 @@ def test_no_request_raises_anything_but_an_api_error():
             except (KeyError, IndexError, TypeError):  # replaced before
                 continue
         try:
-            read_chat(body, "m", Limits())
+            read_chat(body, ["m"], Limits())
         except APIError as error:
             refused += 1
             json.dumps(error.body)
