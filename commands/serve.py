@@ -81,7 +81,7 @@ def run(arguments) -> int:
         api_key=key,
         allow_urls=arguments.allow_urls,
         # With a key, a web site that reaches the server cannot use it.
-        hosts=None if key is not None else host_names(arguments.host, more=arguments.allowed_hosts),
+        hosts=None if key is not None else host_names(arguments.host, arguments.allowed_hosts),
     )
     print(f"Serving {service.model_name} at {address_of(listening)}/v1", flush=True)
     try:
