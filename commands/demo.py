@@ -1,7 +1,9 @@
 """`empathic demo`: a web page for talking to a model."""
 
+import signal
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from . import add_command
@@ -66,7 +68,9 @@ def run(arguments) -> int:
             file=sys.stderr,
         )
         return 1
-    with tempfile.TemporaryDirectory(prefix="empathic-demo-") as folder:
+    # A signal to stop must not skip the deletion of the folder.
+    signal.signal(signal.SIGTERM, _end)
+    with tempfile.TemporaryDirectory(prefix="empathic-demo-") as folder, suppress(KeyboardInterrupt):
         options = PageOptions(
             megabytes=arguments.max_upload_mb,
             seconds=arguments.max_seconds,
@@ -86,6 +90,10 @@ def run(arguments) -> int:
             allowed_hosts=arguments.allowed_hosts,
         )
     return 0
+
+
+def _end(*_) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def add(commands) -> None:

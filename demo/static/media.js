@@ -4,7 +4,8 @@ import { feel } from "./api.js";
 
 const WINDOW = 2000; // milliseconds of a look
 const BETWEEN_LOOKS = 1000;
-const MOST_FAILED = 3; // looks in a row, after which no more are sent
+const MOST_FAILED = 5; // looks in a row, after which no more are sent
+const SHORTEST = 1000; // bytes: a busy browser may end a look before its first picture
 const TYPES = {
   audio: ["audio/webm;codecs=opus", "audio/mp4", "audio/ogg"],
   video: ["video/webm;codecs=vp8,opus", "video/webm", "video/mp4"],
@@ -93,7 +94,7 @@ export class Recording {
     const recorder = record(this.small, this.kind, { audioBitsPerSecond: 32000, videoBitsPerSecond: 200000 });
     await new Promise((resolve) => setTimeout(resolve, WINDOW));
     const blob = await recorder.stop();
-    if (this.asking || this.looks.signal.aborted || this.failed >= MOST_FAILED) return;
+    if (this.asking || this.looks.signal.aborted || this.failed >= MOST_FAILED || blob.size < SHORTEST) return;
     this.asking = true;
     try {
       const clips = [{ kind: this.kind, blob }];

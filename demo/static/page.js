@@ -95,7 +95,8 @@ function drawNow() {
   document.body.classList.toggle("comparing", state.turns.some((turn) => turn.replies.length > 1));
   drawMeter();
   drawComposer();
-  if (follows) conversation.scrollTop = conversation.scrollHeight;
+  if (!state.turns.length) conversation.scrollTop = 0;
+  else if (follows) conversation.scrollTop = conversation.scrollHeight;
 }
 
 function drawMeter() {
@@ -105,7 +106,8 @@ function drawMeter() {
   const whole = 2 ** Math.ceil(Math.log2(Math.max(tokens, vectors, 32)));
   $("meter-vectors").style.width = `${(100 * vectors) / whole}%`;
   $("meter-tokens").style.width = `${(100 * tokens) / whole}%`;
-  $("meter-text").textContent = `memory: ${vectors} vectors for ${tokens} tokens of text`;
+  const wide = (text) => make("span", { class: "wide" }, text);
+  $("meter-text").replaceChildren(wide("memory: "), `${vectors} vectors for ${tokens} tokens`, wide(" of text"));
 }
 
 function drawComposer() {
@@ -717,5 +719,5 @@ connect();
 await restore();
 drawAttachments();
 drawNow();
-conversation.scrollTop = conversation.scrollHeight;
+if (state.turns.length) conversation.scrollTop = conversation.scrollHeight;
 document.body.dataset.ready = "";

@@ -45,7 +45,7 @@ class ReplyView {
       iconButton("copy", "Copy this reply", () => actions.copyReply(reply.key)),
       iconButton("retry", "Answer again", actions.retry),
     ];
-    const foot = make("div", { class: "foot" }, this.cost, make("span", { class: "space" }), ...this.buttons);
+    const foot = make("div", { class: "foot" }, this.cost, make("div", { class: "actions" }, ...this.buttons));
     const avatar = make("span", { class: "avatar model", "aria-hidden": "true" }, "e");
     this.element = make("div", { class: "reply message" }, this.column, avatar, this.bubble, foot);
     this.shown = null;
@@ -91,10 +91,10 @@ export class TurnView {
     this.feeling.setAttribute("aria-controls", this.bars.id);
     this.copy = iconButton("copy", "Copy your message", actions.copy);
     this.edit = iconButton("edit", "Edit your message", actions.edit);
-    const foot = make("div", { class: "foot" }, this.feeling, make("span", { class: "space" }), this.copy, this.edit);
+    const buttons = make("div", { class: "actions" }, this.copy, this.edit);
     this.replies = make("div", { class: "replies" });
     this.views = new Map();
-    const said = make("div", { class: "said message" }, this.avatar, this.bubble, foot, this.bars);
+    const said = make("div", { class: "said message" }, this.avatar, this.bubble, buttons, this.feeling, this.bars);
     this.element = make("li", { class: "turn" }, said, this.replies);
   }
 
