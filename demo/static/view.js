@@ -75,7 +75,7 @@ class ReplyView {
     speak.hidden = !canSpeak || !reply.text;
     copy.hidden = !reply.text;
     retry.hidden = reply.key !== "main";
-    retry.disabled = busy;
+    retry.setAttribute("aria-disabled", String(busy)); // a disabled button would lose the focus
   }
 }
 
@@ -110,7 +110,7 @@ export class TurnView {
       this.bubble.replaceChildren(...turn.clips.map((clip) => player(clip, this.urlOf(clip.blob))), ...markdown(turn.text));
     }
     this.copy.hidden = !turn.text;
-    this.edit.disabled = settings.busy;
+    this.edit.setAttribute("aria-disabled", String(settings.busy));
     this.feel(turn.clips.length ? turn.emotion : null);
     const several = turn.replies.length > 1;
     this.replies.className = several ? "replies several" : "replies";
