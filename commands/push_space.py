@@ -53,6 +53,7 @@ def push_space(
         revision=revision,
         commit_message=commit_message or f"Push the page of {model}",
         needs=[name for name in (model, compare) if name is not None],
+        space_sdk="docker",
     )
 
 
