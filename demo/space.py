@@ -81,7 +81,7 @@ short_description: Talk to a chatbot with your face and voice
 The model takes your text, your voice and your face, shows the emotion that it recognizes, and replies to it. Each
 earlier utterance takes only one memory vector in the prompt.
 
-Clips are limited in size ({megabytes:g} MB) and length ({seconds:g} s), decoded in a separate process, and never stored.
+Clips are limited in size ({megabytes:g} MB) and length ({seconds:g} s), decoded in a separate process, never stored.
 The conversation is in your browser; what the server has computed of it leaves {minutes:g} minutes after your last turn.
 
 If a model of this Space is private, add a token with read access as the secret `HF_TOKEN` in the Space's settings.

@@ -238,7 +238,9 @@ class Service:
         engine, skipped = self.engines[name], {"model": name, "skipped": True}
         if not (media or (text and engine.processor.with_text)) or not engine.with_emotion:
             reason = "without a clip" if engine.with_emotion else "on this server"
-            raise APIError(400, f"content: this model cannot name the emotion {reason}; give audio or video.", "content")
+            raise APIError(
+                400, f"content: this model cannot name the emotion {reason}; give audio or video.", "content"
+            )
         # Clips that may be skipped are decoded one at a time, so that those of turns find a free process.
         if if_idle and (engine.is_busy or self.clips_looked_at):
             return skipped

@@ -12,7 +12,7 @@ const SAVE_EVERY = 1000; // milliseconds, while a reply grows
 const NEAR_END = 120; // pixels within which the conversation follows the reply
 
 const settings = await (await fetch("settings.json")).json();
-const options = { columns: [], speak: false, ...JSON.parse(localStorage.getItem("options") ?? "{}") };
+const options = { columns: [], speak: false, ...store.choices.read() };
 const views = new Map(); // id of a turn -> its view
 const urls = new Map(); // blob -> its URL
 const state = {
@@ -49,6 +49,12 @@ function notify(text, { error = false, undo = null } = {}) {
   $("notice").setAttribute("role", error ? "alert" : "status");
   $("undo").hidden = !undo;
   $("undo").onclick = undo;
+}
+
+/** Take a message away; what can be undone is offered again. */
+function clearNotice() {
+  if (state.undo) notify(state.undo.text, { undo });
+  else notify("");
 }
 
 function actionsOf(turn) {
@@ -374,7 +380,7 @@ async function copy(text) {
   try {
     await navigator.clipboard.writeText(text);
     announce("Copied.");
-    notify("Copied.");
+    if (!state.undo) notify("Copied.");
   } catch {
     notify("The browser does not let this page copy. Select the text and copy it.", { error: true });
   }
@@ -495,7 +501,7 @@ async function startRecording(kind) {
       $("preview").srcObject = state.recording.stream;
       $("preview").play().catch(() => {});
     }
-    if (kind === "video" || !state.handsFree) notify("");
+    clearNotice();
     announce(kind === "video" ? "Recording your face and voice." : "Recording your voice.");
   } catch (error) {
     setHandsFree(false);
@@ -524,7 +530,6 @@ async function discardRecording() {
   $("preview").srcObject = null;
   await recording.stop();
   drawNow();
-  $(recording.kind === "video" ? "camera" : "mic").focus();
 }
 
 function toggleRecording(kind) {
@@ -592,7 +597,7 @@ function drawOptions() {
   const boxes = settings.columns.filter(({ key }) => key !== "main").map(({ key, label }) => {
     const input = make("input", { type: "checkbox", id: `column-${key}`, change: () => {
       options.columns = settings.columns.map((column) => column.key).filter((name) => $(`column-${name}`)?.checked);
-      keepOptions();
+      store.choices.write(options);
     } });
     input.checked = options.columns.includes(key);
     return make("label", {}, input, ` ${label}`);
@@ -600,14 +605,6 @@ function drawOptions() {
   $("columns").replaceChildren($("columns").firstElementChild, ...boxes);
   $("speak").checked = options.speak;
   for (const id of ["speak", "hands-free"]) $(id).disabled = !canSpeak;
-}
-
-function keepOptions() {
-  try {
-    localStorage.setItem("options", JSON.stringify(options));
-  } catch {
-    // kept until the tab is closed
-  }
 }
 
 // ------------------------------------------------------------------ start
@@ -636,7 +633,13 @@ function connect() {
     if (state.running) announce("Wait for the reply, or stop it with Escape.");
     else send();
   });
-  box.addEventListener("input", () => store.draft.write(state.id, state.editing?.draft ?? box.value));
+  const grows = CSS.supports("field-sizing", "content");
+  box.addEventListener("input", () => {
+    store.draft.write(state.id, state.editing?.draft ?? box.value);
+    if (grows) return;
+    box.style.height = "auto";
+    box.style.height = `${box.scrollHeight}px`;
+  });
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || event.defaultPrevented || $("menu").matches(":popover-open")) return;
     setHandsFree(false);
@@ -648,8 +651,10 @@ function connect() {
   $("mic").addEventListener("click", () => toggleRecording("audio"));
   $("camera").addEventListener("click", () => toggleRecording("video"));
   $("discard").addEventListener("click", () => {
+    const button = $(state.recording?.kind === "video" ? "camera" : "mic");
     setHandsFree(false);
     discardRecording();
+    button.focus();
   });
   $("attach").addEventListener("click", () => $("file").click());
   for (const [id, take] of [["file", attachFile], ["load-file", loadFile]]) {
@@ -666,7 +671,8 @@ function connect() {
   $("new").addEventListener("click", startNew);
   $("cancel-edit").addEventListener("click", cancelEdit);
   $("dismiss").addEventListener("click", () => {
-    notify("");
+    if ($("undo").hidden) clearNotice();
+    else notify("");
     box.focus();
   });
   $("save").addEventListener("click", saveFile);
@@ -678,7 +684,7 @@ function connect() {
   $("speak").addEventListener("change", () => {
     options.speak = $("speak").checked;
     if (!options.speak) hush();
-    keepOptions();
+    store.choices.write(options);
   });
   $("hands-free").addEventListener("change", () => {
     setHandsFree($("hands-free").checked);

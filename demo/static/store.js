@@ -11,6 +11,26 @@ function promised(request) {
   });
 }
 
+/** A storage that loses what it is given where the browser allows none, instead of failing. */
+function lenient(name) {
+  const attempt = (action) => {
+    try {
+      return action(window[name]);
+    } catch {
+      return null; // blocked, or full
+    }
+  };
+  return {
+    get: (key) => attempt((storage) => storage.getItem(key)),
+    set: (key, value) => attempt((storage) => storage.setItem(key, value)),
+    remove: (key) => attempt((storage) => storage.removeItem(key)),
+    keys: () => attempt((storage) => Object.keys(storage)) ?? [],
+  };
+}
+
+const local = lenient("localStorage");
+const session = lenient("sessionStorage");
+
 let database = null;
 
 async function records(mode) {
@@ -35,7 +55,7 @@ function hold(id) {
 
 /** Choose this tab's conversation: its own before a reload, else the newest that no other tab has, else a new one. */
 export async function claim() {
-  const own = sessionStorage.getItem("conversation");
+  const own = session.get("conversation");
   let known = own ? [own] : [];
   if (!own && navigator.locks) {
     const all = await records("readonly").then((store) => promised(store.getAll())).catch(() => []);
@@ -44,7 +64,7 @@ export async function claim() {
   for (const id of known) {
     for (let attempt = 0; attempt < (id === own ? 5 : 1); attempt += 1) { // after a reload the old page may still hold it
       if (await hold(id)) {
-        sessionStorage.setItem("conversation", id);
+        session.set("conversation", id);
         return id;
       }
       await new Promise((resolve) => setTimeout(resolve, 100));
@@ -52,7 +72,7 @@ export async function claim() {
   }
   const id = crypto.randomUUID?.() ?? `${Date.now()}-${Math.random()}`;
   await hold(id);
-  sessionStorage.setItem("conversation", id);
+  session.set("conversation", id);
   return id;
 }
 
@@ -88,7 +108,7 @@ export async function write(record) {
     const old = all.sort((one, other) => other.saved - one.saved).slice(MOST_KEPT).filter(({ id }) => id !== record.id);
     for (const { id } of old) {
       await promised((await records("readwrite")).delete(id));
-      localStorage.removeItem(`draft ${id}`);
+      local.remove(`draft ${id}`);
     }
     return true;
   } catch {
@@ -97,21 +117,26 @@ export async function write(record) {
 }
 
 export const draft = {
-  read: (id) => localStorage.getItem(`draft ${id}`) ?? "",
-  write: (id, text) => {
+  read: (id) => local.get(`draft ${id}`) ?? "",
+  write: (id, text) => (text ? local.set(`draft ${id}`, text) : local.remove(`draft ${id}`)),
+};
+
+/** The visitor's choices. */
+export const choices = {
+  read: () => {
     try {
-      if (text) localStorage.setItem(`draft ${id}`, text);
-      else localStorage.removeItem(`draft ${id}`);
+      return JSON.parse(local.get("options")) ?? {};
     } catch {
-      // the browser keeps nothing; the text stays in the box
+      return {};
     }
   },
+  write: (options) => local.set("options", JSON.stringify(options)),
 };
 
 /** Delete everything that the page keeps in this browser, except this tab's hold of its conversation. */
 export async function forget() {
-  for (const key of Object.keys(localStorage)) {
-    if (key.startsWith("draft ") || key === "options") localStorage.removeItem(key);
+  for (const key of local.keys()) {
+    if (key.startsWith("draft ") || key === "options") local.remove(key);
   }
   await records("readwrite").then((store) => promised(store.clear())).catch(() => {});
 }

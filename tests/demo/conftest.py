@@ -40,7 +40,7 @@ class Page:
 
 @pytest.fixture
 def serve_page(base_folder):
-    """A function (**options of `PageOptions`, `compare`) that starts a `Page`; all are closed at the end of the test."""
+    """A function (compare, **options of `PageOptions`) that starts a `Page`; all are closed after the test."""
     from empathic.demo.app import PageOptions
 
     pages = []

@@ -35,7 +35,10 @@ def test_examples_end_with_a_clip(recorded, tmp_path_factory):
         read_examples(tmp_path_factory.mktemp("empty"))
     (example,) = read_examples(recorded)
     assert example.text == "t2" and example.clip == recorded / "a.mp4"
-    assert [(message["role"], message["content"]) for message in example.history] == [("user", "t0"), ("assistant", "t1")]
+    assert [(message["role"], message["content"]) for message in example.history] == [
+        ("user", "t0"),
+        ("assistant", "t1"),
+    ]
 
 
 def test_examples_travel_as_files(recorded, tmp_path_factory):
@@ -102,7 +105,9 @@ def test_every_file_of_the_page_is_used_and_every_import_exists():
             imported.add(name)
             exported = (STATIC / name).read_text(encoding="utf-8")
             for each in re.findall(r"\w+", found.removeprefix("* as")) if "{" in found else []:
-                assert re.search(rf"^export (async )?(function\*? |const |class ){each}\b", exported, re.MULTILINE), each
+                assert re.search(rf"^export (async )?(function\*? |const |class ){each}\b", exported, re.MULTILINE), (
+                    each
+                )
     assert imported <= names and names == imported | {"index.html", "page.css", "page.js"}
 
 
@@ -164,7 +169,16 @@ def test_a_space_runs_from_the_hub(base_folder, hub, recorded, tmp_path, capsys)
     assert main(["push-space", f"{USER}/tiny", space, "--compare", f"{USER}/before"]) == 1
     assert "me/before" in capsys.readouterr().err and not hub.repositories.get(("space", space))
     push_model(base_folder, f"{USER}/before")
-    options = ["--compare", f"{USER}/before", "--max_seconds", "7", "--max_new_tokens", "4", "--examples", str(recorded)]
+    options = [
+        "--compare",
+        f"{USER}/before",
+        "--max_seconds",
+        "7",
+        "--max_new_tokens",
+        "4",
+        "--examples",
+        str(recorded),
+    ]
     assert main(["push-space", f"{USER}/tiny", space, *options]) == 0
     assert f"{hub.url}/spaces/{space}" in capsys.readouterr().out
 
@@ -179,8 +193,11 @@ def test_a_space_runs_from_the_hub(base_folder, hub, recorded, tmp_path, capsys)
     for name, content in files.items():
         path = tmp_path / "space" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.replace(f"port={card['app_port']}".encode(), b"port=0") if name == "app.py" else content)
-    code = "import runpy, empathic.chat; print(empathic.chat.__file__, flush=True); runpy.run_path('app.py', run_name='__main__')"
+        path.write_bytes(
+            content.replace(f"port={card['app_port']}".encode(), b"port=0") if name == "app.py" else content
+        )
+    code = "import runpy, empathic.chat; print(empathic.chat.__file__, flush=True); "
+    code += "runpy.run_path('app.py', run_name='__main__')"
     environment = {**os.environ, **hub.environment(tmp_path / "home")}
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=tmp_path / "space", env=environment, stdout=subprocess.PIPE, text=True

@@ -91,7 +91,9 @@ def examples(clip, tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(base_folder, examples):
     limits = ("--max_new_tokens", "30", "--max_seconds", "8", "--max_upload_mb", "0.5")
-    command = Command(base_folder, "--compare", base_folder, "--compare_name", "before EPO", "--examples", str(examples), *limits)
+    command = Command(
+        base_folder, "--compare", base_folder, "--compare_name", "before EPO", "--examples", str(examples), *limits
+    )
     yield command
     command.kill()
 
@@ -147,7 +149,9 @@ def begin(page, text):
     page.fill("#text", text)
     page.press("#text", "Enter")
     page.wait_for_function("n => document.querySelectorAll('.turn').length === n", arg=before + 1)
-    page.wait_for_function("() => [...document.querySelectorAll('.reply .cost')].at(-1).textContent.includes('first word')")
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('.reply .cost')].at(-1).textContent.includes('first word')"
+    )
 
 
 def add_clip(page, path):
@@ -223,8 +227,8 @@ def test_a_visitor_talks_with_text_and_a_clip(server, browser, clip):
 
 def test_markdown_is_shown_and_html_is_not(server, browser):
     page, problems = open_page(browser, server)
-    text = "# Title\n**bold** *soft* `code` <img src=x onerror=alert(1)> <b>x</b>\n\n- one\n- two\n\n3. three\n\n> quote\n\n"
-    text += "```\n<script>alert(1)</script>\n```\n\n[good](https://example.org/a) [bad](javascript:alert(1)) ${y}"
+    text = "# Title\n**bold** *soft* `code` <img src=x onerror=alert(1)> <b>x</b>\n\n- one\n- two\n\n3. three\n\n"
+    text += "> quote\n\n```\n<script>alert(1)</script>\n```\n\n[good](https://example.org/a) [bad](javascript:alert(1)) ${y}"
     page.fill("#text", text)
     page.press("#text", "Enter")
     wait_for_end(page, 1)
@@ -234,8 +238,12 @@ def test_markdown_is_shown_and_html_is_not(server, browser):
         ("ol[start='3'] li", "three"), ("blockquote", "quote"), ("pre code", "<script>alert(1)</script>"),
     ):  # fmt: skip
         assert bubble.locator(selector).first.inner_text() == content, selector
-    assert bubble.locator("img, script, b").count() == 0 and "<img src=x onerror=alert(1)> <b>x</b>" in bubble.inner_text()
-    assert bubble.locator("a").all_inner_texts() == ["good"] and "[bad](javascript:alert(1)) ${y}" in bubble.inner_text()
+    assert (
+        bubble.locator("img, script, b").count() == 0 and "<img src=x onerror=alert(1)> <b>x</b>" in bubble.inner_text()
+    )
+    assert (
+        bubble.locator("a").all_inner_texts() == ["good"] and "[bad](javascript:alert(1)) ${y}" in bubble.inner_text()
+    )
     assert bubble.locator("a").get_attribute("rel") == "noopener noreferrer"
     # A long text of the worst kind takes no time.
     seconds = page.evaluate(
@@ -251,7 +259,11 @@ def test_markdown_is_shown_and_html_is_not(server, browser):
 def test_the_clip_decides_and_the_columns_show_it(server, browser, clip):
     page, problems = open_page(browser, server)
     page.click("#menu-button")
-    assert page.locator("#columns label").all_inner_texts() == ["without voice and face", "without memory", "before EPO"]
+    assert page.locator("#columns label").all_inner_texts() == [
+        "without voice and face",
+        "without memory",
+        "before EPO",
+    ]
     for column in page.locator("#columns input").all():
         column.check()
     page.keyboard.press("Escape")
@@ -636,7 +648,9 @@ def test_the_microphone_and_its_limit(server, browser):
     page.wait_for_selector("#notice:has-text('replaces the one that was attached')")
     page.press("#text", "Enter")
     wait_for_end(page, 1)
-    assert page.locator(".said audio").count() == 1 and page.locator(".bars .title").all_text_contents() == ["recognized"]
+    assert page.locator(".said audio").count() == 1 and page.locator(".bars .title").all_text_contents() == [
+        "recognized"
+    ]
     assert problems == []
     page.context.close()
 
@@ -698,7 +712,9 @@ def test_hands_free_listens_answers_and_listens_again(server, driver, tmp_path, 
     times = np.arange(16000 * 5) / 16000
     sound = (0.5 * np.sin(2 * np.pi * 220 * times) * (times < 1.5)).astype(np.float32)  # then silence
     wav = write_media(tmp_path / "voice.wav", samples=sound[None], sampling_rate=16000, audio_codec="pcm_s16le")
-    browser = driver.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS, f"--use-file-for-fake-audio-capture={wav}"])
+    browser = driver.chromium.launch(
+        executable_path=CHROMIUM, args=[*FLAGS, f"--use-file-for-fake-audio-capture={wav}"]
+    )
     try:
         page, problems = open_page(browser, server, SPEECH)
         page.click("#menu-button")
@@ -722,7 +738,9 @@ SIZES = [(1280, 900), (390, 844), (390, 450)]
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width, height", SIZES)
-def test_it_fits_is_accessible_and_follows_the_colors_of_the_system(server, browser, clip, violations, width, height, scheme):
+def test_it_fits_is_accessible_and_follows_the_colors_of_the_system(
+    server, browser, clip, violations, width, height, scheme
+):
     options = dict(viewport={"width": width, "height": height}, color_scheme=scheme, has_touch=width < 600)
     page, problems = open_page(browser, server, **options)
     found = []

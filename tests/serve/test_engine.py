@@ -249,7 +249,9 @@ def test_the_stages_of_a_turn_are_told_and_its_emotion_comes_with_the_first_toke
     assert [event.stage for event in events if isinstance(event, Progress)] == ["listening", "watching", "answering"]
     assert kinds.index(Felt) <= 4 and kinds[-1] is Done and kinds.count(Felt) == 1
     felt = events[kinds.index(Felt)]
-    items = {kind: {"features": features["features"]} for kind, features in local.front.encode_clips([clips])[0].items()}
+    items = {
+        kind: {"features": features["features"]} for kind, features in local.front.encode_clips([clips])[0].items()
+    }
     assert felt.emotions == pytest.approx(name_emotion(model, processor, "how are you", items))
     for kind in ("audio", "video"):
         assert felt.by_kind[kind] == pytest.approx(name_emotion(model, processor, "", {kind: items[kind]}))
