@@ -70,7 +70,7 @@ def run(arguments) -> int:
         return 1
     # A signal to stop must not skip the deletion of the folder.
     signal.signal(signal.SIGTERM, _end)
-    with tempfile.TemporaryDirectory(prefix="empathic-demo-") as folder, suppress(KeyboardInterrupt):
+    with tempfile.TemporaryDirectory(prefix="empathic-examples-") as folder, suppress(KeyboardInterrupt):
         options = PageOptions(
             megabytes=arguments.max_upload_mb,
             seconds=arguments.max_seconds,

@@ -49,7 +49,7 @@ class Service:
         api_key: the key that clients must send; None for none.
         allow_urls: whether clips are downloaded from http URLs.
         hosts: the host names of this server; None allows any.
-        others: further models by their names, each with an engine of its own.
+        others: further models by their names, each with an engine of its own, whose metrics are not reported.
     """
 
     def __init__(
