@@ -2,7 +2,8 @@
 
 import { make } from "./dom.js";
 
-const INLINE = /(`+)([^`]+?)\1|\*\*(.+?)\*\*|__(.+?)__|\*([^\s*](?:.*?[^\s*])?)\*|\b_([^\s_](?:.*?[^\s_])?)_\b|\[([^\]]+)\]\(([^)\s]+)\)/;
+// The lengths are bounded, so that no text takes long.
+const INLINE = /(`{1,9})([^`]{1,999}?)\1|\*\*([^\s*](?:.{0,999}?[^\s*])??)\*\*|__([^\s_](?:.{0,999}?[^\s_])??)__|\*([^\s*](?:.{0,999}?[^\s*])??)\*|\b_([^\s_](?:.{0,999}?[^\s_])??)_\b|\[([^\]]{1,999})\]\(([^)\s]{1,999})\)/;
 const BULLET = /^\s{0,3}[-*+]\s+/;
 const NUMBER = /^\s{0,3}\d{1,9}[.)]\s+/;
 const MOST_NESTED = 8;
@@ -54,7 +55,7 @@ export function markdown(text) {
   };
   while (place < rows.length) {
     const row = rows[place];
-    const fence = /^\s{0,3}(```+|~~~+)/.exec(row);
+    const fence = /^\s{0,3}(```+|~~~+)[^`]*$/.exec(row);
     const heading = /^#{1,6}\s+(.*)$/.exec(row);
     if (!row.trim()) place += 1;
     else if (fence) {
@@ -73,7 +74,7 @@ export function markdown(text) {
       const first = marker === NUMBER ? String(parseInt(row, 10)) : null;
       blocks.push(make(marker === BULLET ? "ul" : "ol", { start: first === "1" ? null : first }, ...items));
     } else {
-      const paragraph = take((line) => line.trim() && !/^(\s{0,3}(```|~~~)|#{1,6}\s|>)/.test(line) && !BULLET.test(line) && !NUMBER.test(line));
+      const paragraph = take((line) => line.trim() && !/^(\s{0,3}(```+|~~~+)[^`]*$|#{1,6}\s|>)/.test(line) && !BULLET.test(line) && !NUMBER.test(line));
       blocks.push(make("p", {}, ...lines(paragraph)));
     }
   }
