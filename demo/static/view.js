@@ -60,7 +60,7 @@ class ReplyView {
       const content = markdown(reply.text);
       const isOpen = reply.state === "waiting" || reply.state === "writing";
       if (isOpen && !reply.text) content.push(make("p", { class: "stage" }, stageText(reply)));
-      if (reply.state === "done" && !reply.text) content.push(make("p", { class: "mark" }, "(no words)"));
+      if (reply.state === "done" && !reply.text && !reply.problem) content.push(make("p", { class: "mark" }, "(no words)"));
       if (reply.state === "stopped") {
         content.push(make("p", { class: "mark" }, reply.text ? "Stopped here." : "Stopped before the first word."));
       }
