@@ -313,13 +313,14 @@ td:first-child { min-width: 9rem; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 tr.rejected { background: var(--soft); font-weight: 600; }
 tr.dropped { color: var(--faint); }
+.candidates td:nth-child(2) { width: 60%; }
 h3 { margin: 1.5rem 0 .5rem; }
 h4 { margin: 0 0 .5rem; font-size: .85rem; font-weight: 500; color: var(--faint); }
 @media (max-width: 34rem) {  /* a candidate's cells one below the other */
   .candidates thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   .candidates tr { display: grid; grid-template-columns: minmax(0, 1fr) auto; border-bottom: 1px solid var(--line);
     padding: .4rem 0; }
-  .candidates td { border: 0; padding: 0 .3rem; min-width: 0; }
+  .candidates td, .candidates td:nth-child(2) { width: auto; border: 0; padding: 0 .3rem; min-width: 0; }
   .candidates td:nth-child(1) { font-size: .85rem; color: var(--faint); }
   .candidates td:nth-child(2) { grid-area: 2 / 1 / 3 / 3; }
   .candidates td:nth-child(3) { grid-area: 1 / 2; font-size: .85rem; }
@@ -343,7 +344,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
         body += f"<tr>{cells}</tr>\n"
     name = html.escape(f"{header[0]} and {header[1]}")
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="Table: {name}">\n<table>\n'
+        f'<div class="scroll" tabindex="0" role="group" aria-label="Table: {name}">\n<table>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n</div>"
     )
 

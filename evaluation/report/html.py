@@ -100,7 +100,7 @@ def _table(table: Table) -> str:
     wide = " wide" if len(table.header) > 3 else ""
     return (
         f"<h3>{_escape(table.title)}</h3>\n"
-        f'<div class="scroll{wide}" tabindex="0" role="region" aria-label="{_escape(table.title)}">\n<table>\n'
+        f'<div class="scroll{wide}" tabindex="0" role="group" aria-label="{_escape(table.title)}">\n<table>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(body) + f"\n</tbody>\n</table>\n</div>\n{notes}"
     )
 
