@@ -14,18 +14,15 @@ from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 
-def host_names(server_name: str | None, share: bool = False, more: Iterable[str] = ()) -> set[str]:
+def host_names(server_name: str | None, more: Iterable[str] = ()) -> set[str]:
     """
     Return the names under which browsers may reach a server, as patterns.
 
     Args:
         server_name: the address that the server listens on.
-        share: whether the page is also shared over Gradio's tunnel.
         more: further names, such as that of a proxy before the page.
     """
     names = {"localhost", "*.localhost", socket.gethostname(), f"{socket.gethostname()}.local", server_name, *more}
-    if share:
-        names.add("*.gradio.live")
     if os.environ.get("SPACE_ID"):  # set in a Space of the Hub
         names |= {"*.hf.space", "huggingface.co", *os.environ.get("SPACE_HOST", "").split(",")}
     return {name.strip().lower() for name in names if name and name.strip()}

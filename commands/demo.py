@@ -2,43 +2,93 @@
 
 import signal
 import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
 
 from . import add_command
 
+SAMPLE_SECONDS, SAMPLE_SEED = 2.0, 22
+# The same words mean different things: only the face and the voice tell how the speaker feels.
+SAMPLES = (
+    ("happy", "my sister booked the flight."),
+    ("sad", "my sister booked the flight."),
+    ("angry", "my boss printed the letter."),
+    ("surprise", "my boss printed the letter."),
+)
 
-def add_limit_options(sub) -> None:
+
+def add_page_options(sub) -> None:
     """Add the options that the local page and a Space share."""
     sub.add_argument("--compare", metavar="MODEL2", help="a second model to compare with, such as the model before EPO")
+    sub.add_argument(
+        "--compare_name", metavar="NAME", help="name of the second model on the page (default: that of its folder)"
+    )
     sub.add_argument("--concurrency", type=int, default=1, help="turns answered at once; others wait (%(default)s)")
-    sub.add_argument("--max_upload_mb", type=float, default=32, help="maximum size of an upload in MB (%(default)s)")
+    sub.add_argument("--max_upload_mb", type=float, default=32, help="maximum size of a clip in MB (%(default)s)")
     sub.add_argument("--max_seconds", type=float, default=60, help="maximum length of a clip in seconds (%(default)s)")
     sub.add_argument("--max_new_tokens", type=int, default=128, help="maximum length of a reply (%(default)s)")
+    sub.add_argument(
+        "--examples",
+        metavar="DIR",
+        help="recordings to start from, such as runs/quickstart/recordings (default: four drawn faces)",
+    )
+
+
+def find_examples(given: str | None, folder: Path) -> list:
+    """
+    Return the examples of the page.
+
+    Args:
+        given: folder of recordings; None for drawn faces with a synthetic voice, which are written to `folder`.
+        folder: an empty folder.
+    """
+    from ..demo.examples import Example, read_examples
+
+    if given is not None:
+        return read_examples(given)
+    import numpy as np
+
+    from ..tiny.clips import write_clip
+
+    rng, examples = np.random.default_rng(SAMPLE_SEED), []
+    for emotion, text in SAMPLES:
+        clip = folder / f"{emotion}.mp4"
+        write_clip(clip, emotion, rng, SAMPLE_SECONDS)
+        examples.append(Example((), text, clip))
+    return examples
 
 
 def run(arguments) -> int:
     try:
-        from ..demo.app import Page
+        from ..demo.app import PageOptions, serve_page
     except ImportError as error:
-        print(f"The page needs Gradio ({error}). Install it with `pip install empathic[demo]`.", file=sys.stderr)
+        print(
+            f"The page needs further packages ({error}). Install them with `pip install empathic[demo]`.",
+            file=sys.stderr,
+        )
         return 1
-    from ..demo.examples import read_examples
-    from ..demo.session import Chatbot, NamedModel
-    from ..demo.uploads import Limits
-
-    examples = read_examples(arguments.examples) if arguments.examples else []
-    checkpoint = NamedModel.from_pretrained(arguments.model, arguments.device)
-    other = NamedModel.from_pretrained(arguments.compare, arguments.device) if arguments.compare else None
-    chatbot = Chatbot(checkpoint, other, arguments.max_new_tokens, arguments.max_memories)
-    limits = Limits(megabytes=arguments.max_upload_mb, seconds=arguments.max_seconds)
-    page = Page(chatbot, limits, arguments.concurrency, examples=examples)
-    previous = signal.signal(signal.SIGTERM, _end)
-    try:
-        page.launch(arguments.allowed_hosts, server_name=arguments.host, server_port=arguments.port, share=False)
-    except KeyboardInterrupt:  # while the server starts; later, Gradio catches it
-        pass
-    finally:
-        page.close()
-        signal.signal(signal.SIGTERM, previous)
+    # A signal to stop must not skip the deletion of the folder.
+    signal.signal(signal.SIGTERM, _end)
+    with tempfile.TemporaryDirectory(prefix="empathic-examples-") as folder, suppress(KeyboardInterrupt):
+        options = PageOptions(
+            megabytes=arguments.max_upload_mb,
+            seconds=arguments.max_seconds,
+            concurrency=arguments.concurrency,
+            max_new_tokens=arguments.max_new_tokens,
+            max_memories=arguments.max_memories,
+            compare_name=arguments.compare_name,
+            examples=find_examples(arguments.examples, Path(folder)),
+        )
+        serve_page(
+            arguments.model,
+            arguments.compare,
+            options,
+            device=arguments.device,
+            host=arguments.host,
+            port=arguments.port,
+            allowed_hosts=arguments.allowed_hosts,
+        )
     return 0
 
 
@@ -56,8 +106,7 @@ def add(commands) -> None:
         "empathic demo runs/quickstart/model --compare runs/quickstart/dialogue --examples runs/quickstart/recordings",
     )
     sub.add_argument("model", metavar="MODEL", help="folder or Hub id")
-    add_limit_options(sub)
-    sub.add_argument("--examples", metavar="DIR", help="recordings to start from, such as runs/quickstart/recordings")
+    add_page_options(sub)
     sub.add_argument(
         "--max_memories", type=int, help="maximum number of memory vectors in the prompt (default: no limit)"
     )

@@ -1,10 +1,11 @@
 """`empathic push-space`: push the web page as a Space that serves a model from the Hub."""
 
 import sys
+import tempfile
 from pathlib import Path
 
 from . import add_command
-from .demo import add_limit_options
+from .demo import add_page_options, find_examples
 from .push import add_hub_options, hub_options
 
 
@@ -13,9 +14,7 @@ def push_space(
     repo_id: str,
     *,
     compare: str | None = None,
-    limits=None,
-    concurrency: int = 1,
-    max_new_tokens: int = 128,
+    options=None,
     private: bool = True,
     token: str | None = None,
     revision: str | None = None,
@@ -27,8 +26,7 @@ def push_space(
     Args:
         model, compare: Hub ids of the models; the Space loads the models from the Hub.
         repo_id: `owner/name` of the Space, created if it does not exist.
-        limits: limits on visitors' uploads, an `empathic.demo.uploads.Limits`.
-        concurrency, max_new_tokens: number of turns answered at once, and maximum length of a reply.
+        options: options of the page, an `empathic.demo.app.PageOptions`. Its examples travel to the Space.
         private, token, revision, commit_message: see `hub.push_dataset`.
 
     Returns:
@@ -43,9 +41,10 @@ def push_space(
     for name in (model, compare):
         if name is not None and (Path(name).exists() or name.count("/") != 1):
             raise PushError(f"{name}: a Space loads its model from the Hub. Push it with `empathic push`; give its id.")
-    stale: Patterns = {folder: ("*.py",) for folder in ("", "empathic", "empathic/demo")}
+    stale: Patterns = {folder: ("*.py",) for folder in ("", "empathic", "empathic/demo", "empathic/serve")}
+    stale |= {"empathic/demo/static": ("*",), "examples": ("*",)}
     return push_files(
-        {**space_files(repo_id, model, compare, limits, concurrency, max_new_tokens)},
+        {**space_files(repo_id, model, compare, options)},
         stale,
         repo_id,
         repo_type="space",
@@ -54,25 +53,28 @@ def push_space(
         revision=revision,
         commit_message=commit_message or f"Push the page of {model}",
         needs=[name for name in (model, compare) if name is not None],
+        space_sdk="docker",
     )
 
 
 def run(arguments) -> int:
     try:
-        from ..demo.uploads import Limits
+        from ..demo.app import PageOptions
     except ImportError as error:
         print(f"{error}. Install the missing packages with `pip install empathic[demo,train]`.", file=sys.stderr)
         return 1
-
-    url = push_space(
-        arguments.model,
-        arguments.id,
-        compare=arguments.compare,
-        limits=Limits(megabytes=arguments.max_upload_mb, seconds=arguments.max_seconds),
-        concurrency=arguments.concurrency,
-        max_new_tokens=arguments.max_new_tokens,
-        **hub_options(arguments),
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        options = PageOptions(
+            megabytes=arguments.max_upload_mb,
+            seconds=arguments.max_seconds,
+            concurrency=arguments.concurrency,
+            max_new_tokens=arguments.max_new_tokens,
+            compare_name=arguments.compare_name,
+            examples=find_examples(arguments.examples, Path(folder)),
+        )
+        url = push_space(
+            arguments.model, arguments.id, compare=arguments.compare, options=options, **hub_options(arguments)
+        )
     print(f"The page of {arguments.model} is at {url}")
     print("If the model is private, add a token with read access as the secret HF_TOKEN in the Space's settings.")
     return 0
@@ -89,5 +91,5 @@ def add(commands) -> None:
     )
     sub.add_argument("model", metavar="MODEL", help="Hub id of the model")
     sub.add_argument("id", metavar="ID", help="owner/name of the Space")
-    add_limit_options(sub)
+    add_page_options(sub)
     add_hub_options(sub)

@@ -13,8 +13,8 @@ KEY_VARIABLE, VLLM_KEY_VARIABLE = "EMPATHIC_API_KEY", "VLLM_API_KEY"
 
 def run(arguments) -> int:
     try:
-        from ..serve.app import Service
-        from ..serve.server import listen, run_server
+        from ..serve.app import Service, build_app
+        from ..serve.server import address_of, listen, run_server
     except ImportError as error:
         print(
             f"The server needs further packages ({error}). Install them with `pip install empathic[serve]`.",
@@ -81,10 +81,11 @@ def run(arguments) -> int:
         api_key=key,
         allow_urls=arguments.allow_urls,
         # With a key, a web site that reaches the server cannot use it.
-        hosts=None if key is not None else host_names(arguments.host, more=arguments.allowed_hosts),
+        hosts=None if key is not None else host_names(arguments.host, arguments.allowed_hosts),
     )
+    print(f"Serving {service.model_name} at {address_of(listening)}/v1", flush=True)
     try:
-        run_server(service, listening, arguments.cors, arguments.shutdown_seconds)
+        run_server(build_app(service, arguments.cors), service, listening, arguments.shutdown_seconds)
     finally:
         pool.close()
     return 0

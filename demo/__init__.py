@@ -1,1 +1,1 @@
-"""The web page for talking to the model, and the files of a Space. Only `app` and `serving` need Gradio."""
+"""The web page for talking to the model, and the files of a Space. `app` and `space` need the extra `demo`."""

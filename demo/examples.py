@@ -1,23 +1,28 @@
 """Example conversations, read from recordings in the format of `empathic prepare folder`."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
-
-from .session import ShownConversation, ShownReply, ShownTurn, whole_characters
 
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation, and the text and clip of the next turn."""
+    """
+    A conversation, and the text and the clip of its next turn.
 
-    name: str
-    conversation: ShownConversation
+    Attributes:
+        history: the messages before the turn, `{"role", "content"}` with plain strings.
+        text: the user's text.
+        clip: the file with the user's face and voice.
+    """
+
+    history: tuple[dict[str, str], ...]
     text: str
     clip: Path
 
 
-def read_examples(folder: str | Path, count: int = 6) -> list[Example]:
+def read_examples(folder: str | Path, count: int = 4) -> list[Example]:
     """
     Read the first `count` conversations with clips from the split `test`, or from all rows if there is no such split.
 
@@ -34,7 +39,7 @@ def read_examples(folder: str | Path, count: int = 6) -> list[Example]:
         rows = [json.loads(line) for line in lines]
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} has no examples ({error}). Give quickstart's folder `recordings`.") from None
-    rows = [{**row, "text": whole_characters(str(row.get("text", "")))} for row in rows]
+    rows = [{**row, "text": _whole_characters(str(row.get("text", "")))} for row in rows]
     rows = [row for row in rows if row.get("split") == "test"] or rows
     dialogues: dict[str, list[dict]] = {}
     for row in rows:
@@ -51,6 +56,25 @@ def read_examples(folder: str | Path, count: int = 6) -> list[Example]:
     return examples
 
 
+def example_files(examples: list[Example]) -> dict[str, bytes]:
+    """Return the files of a folder from which `read_examples` reads the same examples: name -> content."""
+    lines, files = [], {}
+    for number, example in enumerate(examples, 1):
+        turns = [*example.history, {"role": "user", "content": example.text}]
+        for place, turn in enumerate(turns):
+            row = {"dialogue_id": str(number), "turn": place, "speaker": turn["role"], "text": turn["content"]}
+            if place == len(example.history):
+                row["video"] = f"{number}{example.clip.suffix}"
+                files[row["video"]] = example.clip.read_bytes()
+            lines.append(json.dumps(row) + "\n")
+    return {"metadata.jsonl": "".join(lines).encode(), **files}
+
+
+def _whole_characters(text: str) -> str:
+    """Replace lone surrogates (half of an emoji, which JSON can hold) with U+FFFD: no response can contain them."""
+    return re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
+
+
 def _example(folder: Path, rows: list[dict]) -> Example | None:
     """The conversation up to the user's last clip; None if the rows have another form."""
     speakers = [row["speaker"] for row in rows]
@@ -59,10 +83,5 @@ def _example(folder: Path, rows: list[dict]) -> Example | None:
     last = max((i for i, row in enumerate(rows) if i % 2 == 0 and row.get("video")), default=None)
     if last is None or not (folder / rows[last]["video"]).is_file():
         return None
-    turns = [
-        ShownTurn(rows[i]["text"], answers=(ShownReply("from the example", rows[i + 1]["text"]),))
-        for i in range(0, last, 2)
-    ]
-    return Example(
-        rows[last]["text"], ShownConversation(tuple(turns)), rows[last]["text"], folder / rows[last]["video"]
-    )
+    history = tuple({"role": row["speaker"], "content": row["text"]} for row in rows[:last])
+    return Example(history, rows[last]["text"], folder / rows[last]["video"])

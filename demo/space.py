@@ -1,11 +1,12 @@
 """The files of a Hub Space that serves the page."""
 
-from importlib.metadata import requires, version
+from importlib.metadata import requires
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from .uploads import Limits
+from .app import PageOptions
+from .examples import example_files
 
 PACKAGE = Path(__file__).parents[1]
 # Files of this package that the page needs; they are copied into the Space, which does not install the package.
@@ -13,46 +14,58 @@ SOURCES = (
     "chat.py",
     "clip_limits.py",
     "emotions.py",
+    "errors.py",
     "hosts.py",
     "sampling.py",
     "thoughts.py",
     "*_empathic.py",
     "chat_templates/*",
     "demo/*",
+    "demo/static/*",
+    "serve/*",
 )
-NOT_NEEDED = ("space.py",)
+NOT_NEEDED = ("demo/space.py", "serve/handler.py", "serve/vllm_backend.py")
+EXAMPLES = "examples"
+# Needed in addition to the package's own requirements; models with adapters need peft.
+FURTHER = ("fastapi", "peft", "prometheus-client", "uvicorn")
 
 APP = '''"""The page of the Space, written by `empathic push-space`."""
 
-from empathic.demo.zero_gpu import chatbot_class  # first, because ZeroGPU's package must be imported before torch
-
-from empathic.demo.app import Page
-from empathic.demo.session import NamedModel
-from empathic.demo.uploads import Limits
-
-MODEL = {model!r}
-COMPARE = {compare!r}
-
-chatbot = chatbot_class()(
-    NamedModel.from_pretrained(MODEL),
-    None if COMPARE is None else NamedModel.from_pretrained(COMPARE),
-    max_new_tokens={max_new_tokens},
-)
-page = Page(chatbot, Limits(megabytes={megabytes:g}, seconds={seconds:g}), concurrency={concurrency})
+from empathic.demo.app import PageOptions, serve_page
+from empathic.demo.examples import read_examples
 
 if __name__ == "__main__":
-    page.launch()
+    options = PageOptions(
+        megabytes={megabytes:g},
+        seconds={seconds:g},
+        concurrency={concurrency},
+        max_new_tokens={max_new_tokens},
+        compare_name={compare_name!r},
+        examples={examples},
+    )
+    serve_page({model!r}, {compare!r}, options, host="0.0.0.0", port={port})
 '''
+PORT = 7860
+
+DOCKERFILE = """FROM python:3.11-slim
+RUN useradd --create-home --uid 1000 user
+USER user
+ENV PATH=/home/user/.local/bin:$PATH PYTHONUNBUFFERED=1
+WORKDIR /home/user/app
+COPY --chown=user requirements.txt .
+RUN pip install --no-cache-dir --user -r requirements.txt
+COPY --chown=user . .
+EXPOSE 7860
+CMD ["python", "app.py"]
+"""
 
 README = """---
 title: {title}
 emoji: 💬
 colorFrom: yellow
 colorTo: red
-sdk: gradio
-sdk_version: {gradio}
-python_version: "3.12"
-app_file: app.py
+sdk: docker
+app_port: {port}
 license: apache-2.0
 models:
 {models}
@@ -68,66 +81,83 @@ short_description: Talk to a chatbot with your face and voice
 The model takes your text, your voice and your face, shows the emotion that it recognizes, and replies to it. Each
 earlier utterance takes only one memory vector in the prompt.
 
-Clips are limited in size ({megabytes:g} MB) and length ({seconds:g} s), decoded in a separate process, and deleted
-right after. A conversation is kept during the visit and half an hour longer, separate from other visitors'
-conversations.
-
-It runs on a CPU, a GPU or ZeroGPU: choose the hardware in the Space's settings.
+Clips are limited in size ({megabytes:g} MB) and length ({seconds:g} s), decoded in a separate process, never stored.
+The conversation is in your browser; what the server has computed of it leaves {minutes:g} minutes after your last turn.
 
 If a model of this Space is private, add a token with read access as the secret `HF_TOKEN` in the Space's settings.
 
 ## Use from a program
 
-```python
-from gradio_client import Client, handle_file
+The Space speaks OpenAI's chat completions protocol. A private Space also needs a token in the header `Authorization`.
 
-client = Client("{space}")  # token="hf_..." for a private Space
-first = client.predict("i have a horse called tiger.", None, None, None, api_name="/reply")
-clip = handle_file("clip.mp4")
-second = client.predict("do you remember my horse?", None, clip, first["conversation"], api_name="/reply")
-print(second["reply"], second["emotions"], second["memory_vectors"])
-print(client.predict("", handle_file("voice.wav"), None, api_name="/emotion"))
+```python
+import base64
+from pathlib import Path
+
+from openai import OpenAI
+
+client = OpenAI(base_url="https://{host}.hf.space/v1", api_key="none")  # or your token
+clip = base64.b64encode(Path("clip.mp4").read_bytes()).decode()
+content = [
+    {{"type": "video_url", "video_url": {{"url": f"data:video/mp4;base64,{{clip}}"}}}},
+    {{"type": "text", "text": "do you remember my horse?"}},
+]
+messages = [
+    {{"role": "user", "content": "i have a horse called tiger."}},
+    {{"role": "assistant", "content": "how is tiger the horse?"}},
+    {{"role": "user", "content": content}},
+]
+answer = client.chat.completions.create(model="{name}", messages=messages)
+print(answer.choices[0].message.content, answer.choices[0].message.emotion)
 ```
 """
 
 
 def space_files(
-    space: str,
-    model: str,
-    compare: str | None = None,
-    limits: Limits | None = None,
-    concurrency: int = 1,
-    max_new_tokens: int = 128,
+    space: str, model: str, compare: str | None = None, options: PageOptions | None = None
 ) -> dict[str, bytes]:
     """
     Return all files of a Space: path in the Space -> content.
 
     Args:
         space, model, compare: Hub ids of the Space, of the model and of a second model to compare with.
-        limits, concurrency, max_new_tokens: options of the page.
+        options: options of the page.
     """
-    limits = limits or Limits()
-    names = {"model": model, "compare": compare, "concurrency": concurrency, "max_new_tokens": max_new_tokens}
-    values = {**names, "megabytes": limits.megabytes, "seconds": limits.seconds}
-    models = "\n".join(f"- {name}" for name in (model, compare) if name is not None)
-    title = space.split("/")[-1].replace("-", " ").replace("_", " ")
+    options = options or PageOptions()
+    values = {
+        "model": model,
+        "compare": compare,
+        "name": model.split("/")[-1],
+        "title": space.split("/")[-1].replace("-", " ").replace("_", " "),
+        "host": space.replace("/", "-").replace("_", "-").replace(".", "-").lower(),
+        "models": "\n".join(f"- {name}" for name in (model, compare) if name is not None),
+        "examples": f"read_examples({EXAMPLES!r})" if options.examples else "[]",
+        "port": PORT,
+        "minutes": options.keep_seconds / 60,
+        **{name: getattr(options, name) for name in ("megabytes", "seconds", "concurrency", "max_new_tokens")},
+        "compare_name": options.compare_name,
+    }
     texts = {
         "app.py": APP.format(**values),
-        "README.md": README.format(**values, title=title, space=space, models=models, gradio=version("gradio")),
+        "Dockerfile": DOCKERFILE,
+        "README.md": README.format(**values),
         "requirements.txt": "".join(f"{line}\n" for line in requirements()),
         "empathic/__init__.py": "",
     }
     files = {name: text.encode() for name, text in texts.items()}
     for pattern in SOURCES:
         for path in sorted(PACKAGE.glob(pattern)):
-            if path.is_file() and path.suffix in (".py", ".jinja", ".css", ".js") and path.name not in NOT_NEEDED:
-                files[f"empathic/{path.relative_to(PACKAGE).as_posix()}"] = path.read_bytes()
+            name = path.relative_to(PACKAGE).as_posix()
+            if path.suffix in (".py", ".jinja", ".html", ".css", ".js") and name not in NOT_NEEDED:
+                files[f"empathic/{name}"] = path.read_bytes()
+    if options.examples:
+        examples = example_files(list(options.examples))
+        files |= {f"{EXAMPLES}/{name}": content for name, content in examples.items()}
     return files
 
 
 def requirements() -> list[str]:
-    """The page's requirements except Gradio, which is in the Space's metadata; models with adapters need peft."""
+    """The requirements of the page, with the versions that this package needs."""
     found = [Requirement(line) for line in requires("empathic") or []]
-    own = [line for line in found if line.marker is None]
-    adapters = [line for line in found if line.name == "peft" and line.marker is not None]
-    return sorted({f"{line.name}{line.specifier}" for line in (*own, *adapters)})
+    needed = [line for line in found if line.marker is None or line.name in FURTHER]
+    return sorted({f"{line.name}{line.specifier}" for line in needed})

@@ -54,6 +54,7 @@ def push_files(
     revision: str | None,
     commit_message: str,
     needs: Sequence[str] = (),
+    space_sdk: str = "gradio",
 ) -> str:
     """
     Create the repository if it does not exist, and push files to it in one commit.
@@ -62,8 +63,9 @@ def push_files(
         files: maps each path in the repository to a local path or to the content.
         stale: patterns of files that are removed in the same commit, unless they are in `files`.
         repo_id, private, token, revision, commit_message: see `push_dataset`.
-        repo_type: `dataset`, `model` or `space` (a Gradio Space).
+        repo_type: `dataset`, `model` or `space`.
         needs: ids of models that must already be on the Hub.
+        space_sdk: how a new Space is run, `gradio` or `docker`; its card must say the same.
 
     Returns:
         The URL of the repository.
@@ -80,7 +82,7 @@ def push_files(
     with _explained(api, repo_id):
         for name in needs:
             api.model_info(name)
-        sdk = "gradio" if repo_type == "space" else None
+        sdk = space_sdk if repo_type == "space" else None
         url = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=sdk)
         repo_id = url.repo_id
         info = api.repo_info(repo_id, repo_type=repo_type)

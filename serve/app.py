@@ -10,9 +10,10 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict
 
 from fastapi import Depends, FastAPI
 from fastapi import Request as HTTPRequest
@@ -29,7 +30,7 @@ from .fetching import FetchError, fetch
 from .media_pool import MediaPool
 from .prompts import History
 from .protocol import APIError, ChatRequest, Limits, MediaPart
-from .replies import Failed, Piece, Request
+from .replies import Failed, Felt, Look, Piece, Progress, Request, Skipped
 
 logger = logging.getLogger("empathic.serve")
 
@@ -48,6 +49,7 @@ class Service:
         api_key: the key that clients must send; None for none.
         allow_urls: whether clips are downloaded from http URLs.
         hosts: the host names of this server; None allows any.
+        others: further models by their names, each with an engine of its own, whose metrics are not reported.
     """
 
     def __init__(
@@ -59,16 +61,24 @@ class Service:
         api_key: str | None = None,
         allow_urls: bool = False,
         hosts: Iterable[str] | None = None,
+        others: dict[str, Engine] | None = None,
     ):
-        self.engine, self.pool, self.model_name, self.limits = engine, pool, model_name, limits or Limits()
+        self.engines = {model_name: engine, **(others or {})}
+        self.pool, self.model_name, self.limits = pool, model_name, limits or Limits()
         self.metrics = engine.metrics
         self.key = None if api_key is None else hashlib.sha256(api_key.encode()).digest()
         self.allow_urls, self.hosts = allow_urls, None if hosts is None else set(hosts)
         self.created = int(time.time())
-        self.in_progress = 0  # chat requests, from their first byte to their last
+        self.in_progress = 0  # requests, from their first byte to their last
+        self.clips_looked_at = 0  # clips of requests that may be skipped, while they are decoded
         # Feature extraction and downloads, beside the event loop.
         self.threads = ThreadPoolExecutor(8, thread_name_prefix="clip")
         self._ignored: set[str] = set()
+
+    def stop(self) -> None:
+        """Stop all engines."""
+        for engine in self.engines.values():
+            engine.stop()
 
     # ------------------------------------------------------------------ checks
 
@@ -178,7 +188,7 @@ class Service:
         rule = "an http, https or data URL" if self.allow_urls else "a data URL; this server downloads nothing"
         raise protocol.wrong(part.param, part.url, f"give {rule}.", "invalid_url")
 
-    def _clip(self, part: MediaPart, also_sound: bool) -> dict:
+    def _clip(self, processor, part: MediaPart, also_sound: bool) -> dict:
         """Return the model's inputs of a clip by kind; blocks. `also_sound`: also of the sound of a video."""
         try:
             items = self.pool.decode(self._bytes_of(part), f"the {part.kind} clip")
@@ -187,17 +197,17 @@ class Service:
         if part.kind not in items:
             raise APIError(400, f"{part.param}: the clip has no {part.kind}.", part.param, "invalid_clip")
         kinds = ("video", "audio") if also_sound else (part.kind,)
-        read = {"video": self.engine.processor.frames, "audio": self.engine.processor.sound}
+        read = {"video": processor.frames, "audio": processor.sound}
         try:
             return {kind: read[kind]({"type": kind, **items[kind]}) for kind in kinds if kind in items}
         except MediaError as error:
             raise APIError(400, f"{part.param}: {error}", part.param, "invalid_clip") from None
 
-    async def clips(self, parts: list[MediaPart]) -> dict:
+    async def clips(self, processor, parts: list[MediaPart]) -> dict:
         """Return the model's inputs of a turn's clips by kind."""
         has_sound = any(part.kind == "audio" for part in parts)
         loop = asyncio.get_running_loop()
-        work = [loop.run_in_executor(self.threads, self._clip, part, not has_sound) for part in parts]
+        work = [loop.run_in_executor(self.threads, self._clip, processor, part, not has_sound) for part in parts]
         found: dict = {}
         for clip in await asyncio.gather(*work):
             found |= clip
@@ -206,37 +216,74 @@ class Service:
     # ------------------------------------------------------------------ replies
 
     async def begin(self, chat: ChatRequest) -> tuple[Request, asyncio.Queue]:
-        """Give a request to the engine; return it, and the queue of its events."""
-        if self.engine.is_full:
-            raise self.too_many()
-        if chat.options.logprobs is not None and not self.engine.decoder.gives_logprobs:
+        """Give a request to its engine; return it, and the queue of its events."""
+        engine = self.engines[chat.model]
+        if engine.is_full:
+            raise self.too_many(engine)
+        if chat.options.logprobs is not None and not engine.decoder.gives_logprobs:
             raise protocol.wrong("logprobs", True, "this server's backend reports none: leave it out.")
-        clips = await self.clips(chat.media)
+        clips = await self.clips(engine.processor, chat.media)
         events: asyncio.Queue = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def emit(event):
-            try:
-                loop.call_soon_threadsafe(events.put_nowait, event)
-            except RuntimeError:  # the event loop is closed, so that nobody waits
-                request.cancelled = True
-
-        request = Request(chat.system, History(chat.history), chat.turn, clips, chat.options, emit)
+        emit = _into(events)
+        request = Request(chat.system, History(chat.history), chat.turn, clips, chat.options, emit, chat.details)
         try:
-            self.engine.submit(request)
+            engine.submit(request)
         except QueueFull:
-            raise self.too_many() from None
+            raise self.too_many(engine) from None
         return request, events
 
-    def too_many(self) -> APIError:
-        seconds = max(1, math.ceil(self.engine.seconds_to_wait()))
+    async def emotion(self, body: dict) -> dict:
+        """Return the response to a request for an emotion."""
+        name, text, media, if_idle = protocol.read_emotion(body, self.engines, self.limits)
+        engine, skipped = self.engines[name], {"model": name, "skipped": True}
+        if not (media or (text and engine.processor.with_text)) or not engine.with_emotion:
+            reason = "without a clip" if engine.with_emotion else "on this server"
+            raise APIError(
+                400, f"content: this model cannot name the emotion {reason}; give audio or video.", "content"
+            )
+        # Clips that may be skipped are decoded one at a time, so that those of turns find a free process.
+        if if_idle and (engine.is_busy or self.clips_looked_at):
+            return skipped
+        self.clips_looked_at += if_idle
+        try:
+            clips = await self.clips(engine.processor, media)
+        finally:
+            self.clips_looked_at -= if_idle
+        events: asyncio.Queue = asyncio.Queue()
+        try:
+            engine.look(Look(text, clips, _into(events), if_idle))
+        except QueueFull:
+            raise self.too_many(engine) from None
+        event = await events.get()
+        if isinstance(event, Failed):
+            raise _error(event)
+        return skipped if isinstance(event, Skipped) else {"model": name, **protocol.emotion(event)}
+
+    def check_capacity(self) -> None:
+        """Raise an APIError if too many requests are in progress, before the body of another one takes memory."""
+        if self.in_progress > sum(engine.capacity for engine in self.engines.values()):
+            raise self.too_many(self.engines[self.model_name])
+
+    def too_many(self, engine: Engine) -> APIError:
+        seconds = max(1, math.ceil(engine.seconds_to_wait()))
         return APIError(
             429,
-            f"{self.engine.queue_length} requests wait, the limit. Send the request again in {seconds} s.",
+            f"{engine.queue_length} requests wait, the limit. Send the request again in {seconds} s.",
             code="rate_limit_exceeded",
             kind="requests",
             headers={"Retry-After": str(seconds)},
         )
+
+
+def _into(events: asyncio.Queue) -> Callable:
+    """Return a function that puts events into a queue of this event loop, from any thread."""
+    loop = asyncio.get_running_loop()
+
+    def emit(event) -> None:
+        with suppress(RuntimeError):  # the event loop is closed, so that nobody waits
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+    return emit
 
 
 def _error(event: Failed) -> APIError:
@@ -264,6 +311,7 @@ class _Exchange:
     def __init__(self, service: Service, chat: ChatRequest):
         self.service, self.chat = service, chat
         self.id, self.created, self.started = f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), time.monotonic()
+        self.tokenizer = service.engines[chat.model].processor.tokenizer
         self.is_counted = False
 
     def _object(self, kind: str, choices: list, **more) -> dict:
@@ -279,42 +327,56 @@ class _Exchange:
     def _chunk(self, delta: dict, reason: str | None = None, scores=()) -> str:
         choice: dict = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
         if scores:
-            choice["logprobs"] = protocol.logprobs(scores, self.service.engine.processor.tokenizer)
+            choice["logprobs"] = protocol.logprobs(scores, self.tokenizer)
         more = {"usage": None} if self.chat.include_usage else {}
         return _data(self._object("chat.completion.chunk", [choice], **more))
+
+    def _detail(self, event: Progress | Felt) -> str:
+        more = protocol.emotion(event) if isinstance(event, Felt) else {"progress": asdict(event)}
+        return _data(self._object("chat.completion.chunk", [], **more))
 
     async def whole(self, events: asyncio.Queue) -> JSONResponse:
         """Return the response with the whole reply."""
         pieces: list[Piece] = []
-        while isinstance(event := await events.get(), Piece):
-            self._note_first(pieces)
-            pieces.append(event)
+        while isinstance(event := await events.get(), (Piece, Progress, Felt)):
+            if isinstance(event, Piece):
+                self._note_first(pieces)
+                pieces.append(event)
         if isinstance(event, Failed):
             raise _error(event)
         message = {"role": "assistant", "content": "".join(piece.text for piece in pieces), "refusal": None}
         scores = [score for piece in pieces for score in piece.scores]
         choice = {
             "index": 0,
-            "message": {**message, **protocol.emotion(event)},
-            "logprobs": protocol.logprobs(scores, self.service.engine.processor.tokenizer) if scores else None,
+            "message": {**message, **protocol.emotion(event.felt)},
+            "logprobs": protocol.logprobs(scores, self.tokenizer) if scores else None,
             "finish_reason": event.reason,
         }
         self.note_end("ok")
-        return JSONResponse(self._object("chat.completion", [choice], usage=protocol.usage(event)))
+        more = protocol.memory(event.memory)
+        return JSONResponse(self._object("chat.completion", [choice], usage=protocol.usage(event), **more))
 
     async def chunks(self, first, events: asyncio.Queue) -> AsyncIterator[str]:
         """Yield the response as server-sent events. `first`: the first event, which is no error."""
-        self._note_first([])
-        yield self._chunk({"role": "assistant", "content": "", "refusal": None})
-        event = first
-        while isinstance(event, Piece):
-            yield self._chunk({"content": event.text}, scores=event.scores)
+        event, has_begun = first, False
+        while isinstance(event, (Piece, Progress, Felt)) or not has_begun:
+            if isinstance(event, (Progress, Felt)):
+                yield self._detail(event)
+            elif not has_begun:  # a reply without text has no piece
+                has_begun = True
+                self._note_first([])
+                yield self._chunk({"role": "assistant", "content": "", "refusal": None})
+                continue
+            else:
+                yield self._chunk({"content": event.text}, scores=event.scores)
             event = await events.get()
         if isinstance(event, Failed):
             self.note_end("failed")
             yield _data(_error(event).body)
             return
-        yield self._chunk(protocol.emotion(event), event.reason)
+        yield self._chunk(protocol.emotion(event.felt), event.reason)
+        if self.chat.details:
+            yield _data(self._object("chat.completion.chunk", [], **protocol.memory(event.memory)))
         if self.chat.include_usage:
             yield _data(self._object("chat.completion.chunk", [], usage=protocol.usage(event)))
         self.note_end("ok")
@@ -367,7 +429,7 @@ async def _unless_gone(request: HTTPRequest, work):
 
 async def _answer(service: Service, request: HTTPRequest) -> Response:
     body = await service.body(request)
-    chat = protocol.read_chat(protocol.read_json(body), service.model_name, service.limits)
+    chat = protocol.read_chat(protocol.read_json(body), service.engines, service.limits)
     del body
     service.note_ignored(chat.ignored)
     exchange = _Exchange(service, chat)
@@ -408,11 +470,12 @@ def build_app(service: Service, cors: Iterable[str] = ()) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI):
-        service.engine.start()
+        for engine in service.engines.values():
+            engine.start()
         try:
             yield
         finally:
-            await asyncio.to_thread(service.engine.stop)
+            await asyncio.to_thread(service.stop)
             service.pool.close()
             service.threads.shutdown(wait=False, cancel_futures=True)
 
@@ -447,7 +510,7 @@ def build_app(service: Service, cors: Iterable[str] = ()) -> FastAPI:
 
     @app.get("/health")
     async def health():
-        if not service.engine.is_alive:
+        if not all(engine.is_alive for engine in service.engines.values()):
             raise APIError(503, "The server is shutting down.", code="shutting_down")
         return {"status": "ok"}
 
@@ -455,30 +518,41 @@ def build_app(service: Service, cors: Iterable[str] = ()) -> FastAPI:
     async def metrics():
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    model = {"id": service.model_name, "object": "model", "created": service.created, "owned_by": "empathic"}
+    def model(name: str) -> dict:
+        return {"id": name, "object": "model", "created": service.created, "owned_by": "empathic"}
 
     @app.get("/v1/models")
     async def models():
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [model(name) for name in service.engines]}
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str):
-        if name != service.model_name:
+        if name not in service.engines:
             raise APIError(404, f"There is no model {name[:60]!r}.", "model", "model_not_found")
-        return model
+        return model(name)
 
     @app.post("/v1/chat/completions")
     async def chat(request: HTTPRequest):
         service.in_progress += 1
         try:
-            if service.in_progress > service.engine.capacity:  # before its body takes memory
-                raise service.too_many()
+            service.check_capacity()
             return await _answer(service, request)
         except ClientDisconnect:
             return Response(status_code=499)  # nobody receives it
         except APIError as error:
             service.metrics.requests.labels("refused" if error.status < 500 else "failed").inc()
             raise
+        finally:
+            service.in_progress -= 1
+
+    @app.post("/v1/emotion")
+    async def emotion(request: HTTPRequest):
+        service.in_progress += 1
+        try:
+            service.check_capacity()
+            return await service.emotion(protocol.read_json(await service.body(request)))
+        except ClientDisconnect:
+            return Response(status_code=499)
         finally:
             service.in_progress -= 1
 

@@ -12,12 +12,14 @@ from ..emotions import name_emotion
 from ..thoughts import WrittenDecoder
 from .metrics import Metrics
 from .prefix_cache import PrefixCache
-from .prompts import FrontEnd, Steps, Utterance, fill_cache
-from .replies import BackendError, Done, Failed, Reply, Request
+from .prompts import FrontEnd, History, Steps, Utterance, fill_cache
+from .replies import BackendError, Done, Failed, Felt, Look, Memory, Progress, Reply, Request, Skipped
 from .rows import decode
 
 logger = logging.getLogger("empathic.serve")
 
+MOST_BETWEEN_SWEEPS = 60.0  # seconds between two sweeps of the cache while nothing else is to be done
+KINDS = {"audio": "listening", "video": "watching"}  # of clips, and the stage in which they are encoded
 STEPS_BETWEEN_TOKENS = 4  # passes for the prompt of a new request between two tokens of the replies in progress
 ENDING = Failed(503, "The server is shutting down. Send the request again.", "shutting_down")
 
@@ -82,12 +84,15 @@ class Engine:
         self.max_positions = limit or 1 << 31
         self._decode = WrittenDecoder(self.processor.tokenizer)
         self._waiting: deque[Request] = deque()
+        self._looks: deque[Look] = deque()
         self._beginning: list[Request] = []  # their first token is not there yet
         self._tasks: deque[Steps[None]] = deque()
         self._replies: list[Reply] = []
         self._changed = threading.Condition()
         self._stopping = False
         self._reply_seconds = 1.0  # a moving average
+        kept = front.cache.max_seconds
+        self._seconds_between_sweeps = None if kept is None else min(kept / 2, MOST_BETWEEN_SWEEPS)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -141,8 +146,47 @@ class Engine:
             if self.is_full:
                 raise QueueFull
             self._waiting.append(request)
+            if self._running >= self.decoder.max_batch:
+                self._show_places()
             self._changed.notify_all()
         self.decoder.wake()
+
+    def look(self, look: Look) -> None:
+        """
+        Take clips whose emotion is asked for; the result comes through `look.emit`. Between two steps of the replies
+        there is at most one look, so that looks can hardly hold up a reply.
+
+        Raises:
+            QueueFull: if too many looks wait.
+        """
+        with self._changed:
+            if self._stopping:
+                look.emit(ENDING)
+                return
+            if look.if_idle and (self.is_busy or self._looks):
+                look.emit(Skipped())
+                return
+            if len(self._looks) >= self.max_queue:
+                raise QueueFull
+            self._looks.append(look)
+            self._changed.notify_all()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a reply waits or is generated, or a turn is read into the memory."""
+        return bool(self._waiting or self._tasks or self._replies)
+
+    @property
+    def _running(self) -> int:
+        return len(self._replies) + len(self._beginning)
+
+    def _show_places(self) -> None:
+        """Tell those who wait how many requests are before theirs, if that has changed."""
+        for place, request in enumerate(self._waiting):
+            ahead = self._running + place
+            if request.details and ahead != request.ahead:
+                request.ahead = ahead
+                request.emit(Progress("waiting", ahead))
 
     # ------------------------------------------------------------------ the thread
 
@@ -153,8 +197,10 @@ class Engine:
                 self._encode_waiting()
                 self._work()
                 self._step()
+                self._take_look()
+                self.front.cache.sweep()
                 self._show_state()
-        for request in (*self._waiting, *self._beginning):
+        for request in (*self._waiting, *self._beginning, *self._looks):
             request.emit(ENDING)
         for reply in self._replies:
             reply.request.emit(ENDING)
@@ -163,8 +209,9 @@ class Engine:
     def _wait(self) -> bool:
         """Wait for something to do; return False to stop."""
         with self._changed:
-            while not (self._stopping or self._waiting or self._tasks or self._replies):
-                self._changed.wait()
+            while not (self._stopping or self.is_busy or self._looks):
+                self.front.cache.sweep()
+                self._changed.wait(self._seconds_between_sweeps if len(self.front.cache) else None)
             return not self._stopping
 
     def _drop_cancelled(self) -> None:
@@ -175,18 +222,26 @@ class Engine:
 
     def _encode_waiting(self) -> None:
         """Encode the clips of the requests that can begin, all in one pass."""
-        free = self.decoder.max_batch - len(self._replies) - len(self._beginning)
+        free = self.decoder.max_batch - self._running
         with self._changed:
             chosen = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+            self._beginning += chosen
+            self._show_places()
         if not chosen:
             return
+        items: list[dict] = [{} for _ in chosen]
         try:
-            items = self.front.encode_clips([request.clips for request in chosen])
+            for kind, stage in KINDS.items():
+                for request in chosen:
+                    if request.details and kind in request.clips:
+                        request.emit(Progress(stage))
+                clips = [{kind: request.clips[kind]} if kind in request.clips else {} for request in chosen]
+                items = [found | more for found, more in zip(items, self.front.encode_clips(clips), strict=True)]
         except Exception as error:
             for request in chosen:
+                self._beginning.remove(request)
                 self._fail(request, error)
             return
-        self._beginning += chosen
         self._tasks.extend(self._begin(*pair) for pair in zip(chosen, items, strict=True))
 
     def _work(self) -> None:
@@ -215,6 +270,8 @@ class Engine:
             self._beginning.remove(request)
 
     def _prepare(self, request: Request, items: dict) -> Steps[None]:
+        if request.details:
+            request.emit(Progress("answering"))
         prompt = yield from self.front.prompt(request.system, request.history, request.turn.text, items)
         left = self.max_positions - len(prompt.ids)
         if left < 1:
@@ -232,6 +289,9 @@ class Engine:
         most = min(request.options.max_tokens, left)
         reply = Reply(request, prompt, self._decode, self.model.generation_config, most, items)
         yield from self.decoder.begin(reply)
+        if request.details and items:  # the first token is out, so that the emotion delays only the next ones
+            reply.felt = self._feel(request.turn.text, items, by_kind=True)
+            request.emit(reply.felt)
         if reply.reason is not None:
             self._finish(reply)
         else:
@@ -259,10 +319,10 @@ class Engine:
         self._remove(reply)
         self.metrics.completion_tokens.inc(reply.count)
         self._reply_seconds += 0.2 * (time.monotonic() - reply.started - self._reply_seconds)
+        history = request.history.plus(request.turn, Utterance("assistant", None, reply.stops.sent))
         try:
-            emotions = None
-            if self.with_emotion:
-                emotions = name_emotion(self.model, self.processor, request.turn.text, reply.items)
+            felt = reply.felt or self._feel(request.turn.text, reply.items)
+            memory = Memory(*self.front.size(history), history.digests[-1].hex()) if request.details else None
         except Exception as error:
             self._fail(request, error)
             return
@@ -275,15 +335,36 @@ class Engine:
                 completion_tokens=reply.count,
                 audio_tokens=size * ("audio" in reply.items),
                 video_tokens=size * ("video" in reply.items),
-                emotions=emotions,
+                felt=felt,
+                memory=memory,
             )
         )
         # The client has its reply. What was said is read now, so that the next turn finds it in the memory.
-        self._tasks.appendleft(self._remember(reply))
+        self._tasks.appendleft(self._remember(history))
 
-    def _remember(self, reply: Reply) -> Steps[None]:
-        request = reply.request
-        history = request.history.plus(request.turn, Utterance("assistant", None, reply.stops.sent))
+    def _feel(self, text: str, items: dict, by_kind: bool = False) -> Felt:
+        """Recognize the emotion of a turn; `by_kind`: also from the sound alone and the video alone."""
+        if not self.with_emotion:
+            return Felt(None, {})
+        emotions = name_emotion(self.model, self.processor, text, items)
+        parts = items if by_kind and len(items) > 1 else {}
+        alone = {kind: name_emotion(self.model, self.processor, "", {kind: item}) for kind, item in parts.items()}
+        return Felt(emotions, {kind: found for kind, found in alone.items() if found is not None})
+
+    def _take_look(self) -> None:
+        """Answer the first look; one that depends on idleness is skipped as soon as there is a reply to generate."""
+        if not self._looks:
+            return
+        look = self._looks.popleft()
+        if look.if_idle and self.is_busy:
+            look.emit(Skipped())
+            return
+        try:
+            look.emit(self._feel(look.text, self.front.encode_clips([look.clips])[0], by_kind=True))
+        except Exception as error:
+            self._fail(look, error)
+
+    def _remember(self, history: History) -> Steps[None]:
         try:
             yield from self.front.hear(history, len(history) - 2)
         except Exception:
@@ -294,18 +375,18 @@ class Engine:
             self._replies.remove(reply)
         self.decoder.end(reply)
 
-    def _fail(self, request: Request, error: Exception) -> None:
+    def _fail(self, request: Request | Look, error: Exception) -> None:
         if isinstance(error, BackendError):
             logger.error("%s", error)
             request.emit(Failed(502, "The backend could not generate the reply.", "backend_error"))
             return
         logger.error("a reply failed", exc_info=error)
         number = time.strftime("%H:%M:%S")
-        request.emit(Failed(500, f"The reply could not be generated. The server's log has the reason, at {number}."))
+        request.emit(Failed(500, f"The request could not be answered. The server's log has the reason, at {number}."))
 
     def _show_state(self) -> None:
         metrics, cache = self.metrics, self.front.cache
-        metrics.running.set(len(self._replies) + len(self._beginning))
+        metrics.running.set(self._running)
         metrics.waiting.set(self.queue_length)
         metrics.cache_bytes.set(cache.size)
         metrics.cache_pieces.set(len(cache))

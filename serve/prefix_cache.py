@@ -1,5 +1,6 @@
 """A bounded store of what conversations share: pieces of memory and of the language model's key-value cache."""
 
+import time
 from collections import OrderedDict
 from collections.abc import Hashable
 from hashlib import blake2b
@@ -28,15 +29,17 @@ class PrefixCache:
 
     Args:
         max_bytes: the maximum size of all pieces; 0 keeps nothing.
+        max_seconds: `sweep` evicts the pieces that were not used for this time; None keeps them.
 
     Attributes:
         size: the size of all pieces in bytes.
         evictions: the number of pieces evicted so far.
     """
 
-    def __init__(self, max_bytes: int):
-        self.max_bytes, self.size, self.evictions = max_bytes, 0, 0
-        self._pieces: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+    def __init__(self, max_bytes: int, max_seconds: float | None = None):
+        self.max_bytes, self.max_seconds, self.size, self.evictions = max_bytes, max_seconds, 0, 0
+        # The piece, its size, and when it was used last.
+        self._pieces: OrderedDict[Hashable, tuple[Any, int, float]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._pieces)
@@ -48,23 +51,38 @@ class PrefixCache:
         """Return a piece and count it as used; None if it is not here."""
         if key not in self._pieces:
             return None
-        self._pieces.move_to_end(key)
+        self._use(key)
         return self._pieces[key][0]
 
     def put(self, key: Hashable, piece, tensors: list[torch.Tensor]) -> None:
         """Keep a piece, whose size is that of its `tensors`. Nothing may write into them any more."""
         if key in self._pieces:
-            self._pieces.move_to_end(key)
+            self._use(key)
             return
         size = OVERHEAD + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         if size > self.max_bytes:
             return
-        self._pieces[key] = piece, size
+        self._pieces[key] = piece, size, time.monotonic()
         self.size += size
         while self.size > self.max_bytes:
-            _, (_, freed) = self._pieces.popitem(last=False)
-            self.size -= freed
-            self.evictions += 1
+            self._evict()
+
+    def sweep(self) -> None:
+        """Evict what was not used for `max_seconds`."""
+        if self.max_seconds is not None:
+            oldest = time.monotonic() - self.max_seconds
+            while self._pieces and next(iter(self._pieces.values()))[2] < oldest:
+                self._evict()
+
+    def _use(self, key: Hashable) -> None:
+        piece, size, _ = self._pieces[key]
+        self._pieces[key] = piece, size, time.monotonic()
+        self._pieces.move_to_end(key)
+
+    def _evict(self) -> None:
+        _, (_, freed, _) = self._pieces.popitem(last=False)
+        self.size -= freed
+        self.evictions += 1
 
     def clear(self) -> None:
         """Drop all pieces."""

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple, TypeVar, cast
 
@@ -274,6 +275,23 @@ class FrontEnd:
                     self.cache.put(("state", block), state, [state.conv, state.ssm])
             yield
         return vectors
+
+    def size(self, history: History) -> tuple[int, int]:
+        """Return the length of a history in a prompt: as memory vectors, and as tokens of text."""
+        count, tokens = len(history), 0
+        while count and (tokens := self.cache.get(("tokens", history.digests[count]))) is None:
+            count -= 1
+        new = history.messages()[count:]
+        tokens = (tokens or 0) + (self._text_tokens(new) if new else 0)
+        self.cache.put(("tokens", history.digests[-1]), tokens, [])
+        return len(history) - dropped_memories(len(history), self.max_memories), tokens
+
+    def _text_tokens(self, messages: list[dict]) -> int:
+        return len(self.processor.prepare([*messages, SOME_TURN], history="text")["input_ids"]) - self._turn_tokens
+
+    @cached_property
+    def _turn_tokens(self) -> int:
+        return len(self.processor.prepare([SOME_TURN], history="text")["input_ids"])
 
     # ------------------------------------------------------------------ the prompt
 

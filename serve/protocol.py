@@ -1,11 +1,11 @@
 """OpenAI's chat completions protocol: read requests, which are untrusted, and write responses."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, field
 
 from .prompts import Utterance
-from .replies import Options, TokenScore
+from .replies import Felt, Memory, Options, TokenScore
 
 ROLES = ("system", "developer", "user", "assistant")
 SOUND_FORMATS = ("wav", "mp3", "flac", "ogg", "opus", "aac", "m4a", "mp4", "webm")
@@ -13,7 +13,7 @@ MOST_STOPS, MOST_LOGPROBS = 4, 20
 # Fields that are read; any other field is ignored.
 FIELDS = {
     "model", "messages", "stream", "stream_options", "temperature", "top_p", "max_tokens", "max_completion_tokens",
-    "stop", "seed", "n", "logprobs", "top_logprobs", "modalities",
+    "stop", "seed", "n", "logprobs", "top_logprobs", "modalities", "details",
 }  # fmt: skip
 
 
@@ -101,6 +101,7 @@ class ChatRequest:
     options: Options
     stream: bool = False
     include_usage: bool = False
+    details: bool = False
     ignored: list[str] = field(default_factory=list)
 
 
@@ -208,7 +209,7 @@ def _part(part, param: str, limits: Limits) -> str | MediaPart:
 
 
 def _content(message: dict, where: str, limits: Limits) -> tuple[str, list[MediaPart]]:
-    content, param = message.get("content"), f"{where}.content"
+    content, param = message.get("content"), f"{where}.content".lstrip(".")
     if content is None and message["role"] == "assistant":
         return "", []
     if isinstance(content, str):
@@ -282,23 +283,46 @@ def _stop(body: dict) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def read_chat(body: dict, model: str, limits: Limits) -> ChatRequest:
+def _model(body: dict, models: Collection[str]) -> str:
+    asked, names = body.get("model"), " and ".join(map(repr, models))
+    if not isinstance(asked, str):
+        raise wrong("model", asked, f"give the name of the model, {names}.")
+    if asked not in models:
+        raise APIError(404, f"There is no model {shown(asked)}; this server has {names}.", "model", "model_not_found")
+    return asked
+
+
+def read_emotion(body: dict, models: Collection[str], limits: Limits) -> tuple[str, str, list[MediaPart], bool]:
+    """
+    Read a request for an emotion.
+
+    Args:
+        body, models, limits: see `read_chat`.
+
+    Returns:
+        the name of the model, the text, the clips, and whether the request is skipped if the server is busy.
+
+    Raises:
+        APIError: for the first field that is wrong; the error names it.
+    """
+    asked = _model(body, models)
+    text, media = _content({"role": "user", "content": body.get("content")}, "", limits)
+    return asked, text, media, _boolean(body, "if_idle")
+
+
+def read_chat(body: dict, models: Collection[str], limits: Limits) -> ChatRequest:
     """
     Read a chat request.
 
     Args:
         body: the request, any JSON object.
-        model: the name of the served model.
+        models: the names of the served models.
         limits: limits that the request must meet.
 
     Raises:
         APIError: for the first field that is wrong; the error names it.
     """
-    asked = body.get("model")
-    if not isinstance(asked, str):
-        raise wrong("model", asked, f"give the name of the model, {model!r}.")
-    if asked != model:
-        raise APIError(404, f"There is no model {shown(asked)}; this server has {model!r}.", "model", "model_not_found")
+    asked = _model(body, models)
     system, said, media = _messages(body, limits)
     if _integer(body, "n", 1, 128) not in (None, 1):
         raise wrong("n", body["n"], "this server gives one reply: leave n out.")
@@ -330,6 +354,7 @@ def read_chat(body: dict, model: str, limits: Limits) -> ChatRequest:
         ),
         stream=stream,
         include_usage=_boolean(stream_options or {}, "include_usage", "stream_options."),
+        details=_boolean(body, "details"),
         ignored=sorted(name for name in body.keys() - FIELDS if body[name] is not None),
     )
 
@@ -351,12 +376,21 @@ def usage(done) -> dict:
     }
 
 
-def emotion(done) -> dict:
+def emotion(felt: Felt | None) -> dict:
     """The extension field of a message with the recognized emotion; empty if there is none."""
-    if done.emotions is None:
+    if felt is None or felt.emotions is None:
         return {}
-    label = max(done.emotions, key=done.emotions.get)
-    return {"emotion": {"label": label, "probabilities": done.emotions}}
+
+    def shown_as(probabilities: dict[str, float]) -> dict:
+        return {"label": max(probabilities, key=probabilities.__getitem__), "probabilities": probabilities}
+
+    alone = {kind: shown_as(found) for kind, found in felt.by_kind.items()}
+    return {"emotion": {**shown_as(felt.emotions), **({"alone": alone} if alone else {})}}
+
+
+def memory(kept: Memory | None) -> dict:
+    """The extension field of a response with the memory of the conversation; empty without `details`."""
+    return {} if kept is None else {"memory": asdict(kept)}
 
 
 def logprobs(scores: Sequence[TokenScore], tokenizer) -> dict:

@@ -60,7 +60,9 @@ class Request:
         clips: the turn's clips by kind, as from `processor.frames` and `processor.sound`.
         options: how the reply is generated.
         emit: called with each `Piece`, and at the end with `Done` or `Failed`, from another thread.
+        details: whether `Progress` and `Felt` are emitted too, and `Done` has the memory.
         cancelled: set to True when nobody waits for the reply any more.
+        ahead: the number of requests before this one that was last emitted.
     """
 
     system: str | None
@@ -69,7 +71,76 @@ class Request:
     clips: dict
     options: Options
     emit: Callable
+    details: bool = False
     cancelled: bool = False
+    ahead: int = 0
+
+
+@dataclass(eq=False)
+class Look:
+    """
+    Clips whose emotion a client asks for, without a reply.
+
+    Attributes:
+        text: the user's text; used only by models that were trained with the sentence.
+        clips: as in `Request`.
+        emit: called with `Felt`, `Skipped` or `Failed`, from another thread.
+        if_idle: whether the look is skipped while a reply waits or is generated.
+    """
+
+    text: str
+    clips: dict
+    emit: Callable
+    if_idle: bool = False
+
+
+@dataclass(frozen=True)
+class Progress:
+    """
+    What happens to a request before its first piece.
+
+    Attributes:
+        stage: `waiting`, `listening` (to the sound), `watching` (the video) or `answering`.
+        ahead: the number of requests before this one; 0 except for `waiting`.
+    """
+
+    stage: str
+    ahead: int = 0
+
+
+@dataclass(frozen=True)
+class Felt:
+    """
+    The recognized emotion.
+
+    Attributes:
+        emotions: the probability of each emotion; None if there was nothing to recognize it from.
+        by_kind: the probabilities from the sound alone and from the video alone, if there are both.
+    """
+
+    emotions: dict[str, float] | None
+    by_kind: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """The end of a `Look` for which there was no time."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """
+    The memory of a conversation after a reply.
+
+    Attributes:
+        vectors: the number of memory vectors that the next prompt has.
+        text_tokens: the number of tokens that the conversation would have in a prompt as text.
+        digest: identifies the conversation up to here, in hexadecimal digits.
+    """
+
+    vectors: int
+    text_tokens: int
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -100,7 +171,8 @@ class Done:
         cached_tokens: those of them that were not processed again.
         completion_tokens: generated tokens.
         audio_tokens, video_tokens: positions of the turn's sound and picture.
-        emotions: the probability of each emotion; None if there was nothing to recognize it from.
+        felt: the recognized emotion; None if it was not recognized.
+        memory: the memory after this reply; only with `details`.
     """
 
     reason: str
@@ -109,7 +181,8 @@ class Done:
     completion_tokens: int
     audio_tokens: int = 0
     video_tokens: int = 0
-    emotions: dict[str, float] | None = None
+    felt: Felt | None = None
+    memory: Memory | None = None
 
 
 @dataclass(frozen=True)
@@ -167,6 +240,7 @@ class Reply:
     Attributes:
         most: the maximum number of tokens.
         items: the turn's encoded clips by kind.
+        felt: the recognized emotion, once it is known.
         token: the newest token.
         started: when the reply began, as `time.monotonic()`.
         reason: why the reply ended; None as long as it goes on.
@@ -180,6 +254,7 @@ class Reply:
     config: GenerationConfig
     most: int
     items: dict = field(default_factory=dict)
+    felt: Felt | None = None
     count: int = 0
     token: int = 0
     reason: str | None = None

@@ -3,11 +3,11 @@
 import logging
 import socket
 import threading
-from collections.abc import Iterable
 
 import uvicorn
+from fastapi import FastAPI
 
-from .app import Service, build_app
+from .app import Service
 
 logger = logging.getLogger("empathic.serve")
 
@@ -22,10 +22,10 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig, frame) -> None:
         """Take no new requests; replies in progress go on for `seconds`. A second signal ends them at once."""
         if self.should_exit:
-            threading.Thread(target=self.service.engine.stop, daemon=True).start()
+            threading.Thread(target=self.service.stop, daemon=True).start()
         else:
             logger.warning("shutting down: %d requests are in progress", self.service.in_progress)
-            timer = threading.Timer(self.seconds, self.service.engine.stop)
+            timer = threading.Timer(self.seconds, self.service.stop)
             timer.daemon = True
             timer.start()
         super().handle_exit(sig, frame)
@@ -47,27 +47,28 @@ def listen(host: str, port: int) -> socket.socket:
         raise OSError(f"{host}:{port} cannot be used: {reason}. Give another --host or --port.") from error
 
 
-def run_server(
-    service: Service, listening: socket.socket, cors: Iterable[str] = (), shutdown_seconds: float = 30
-) -> None:
+def address_of(listening: socket.socket) -> str:
+    """Return the URL of a socket from `listen`."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def run_server(app: FastAPI, service: Service, listening: socket.socket, shutdown_seconds: float = 30) -> None:
     """
     Serve until a signal to stop.
 
     Args:
-        service: what the routes share.
+        app: from `build_app`.
+        service: what its routes share.
         listening: from `listen`.
-        cors: see `build_app`.
         shutdown_seconds: how long replies in progress may go on after the signal.
     """
     config = uvicorn.Config(
-        build_app(service, cors),
+        app,
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=int(shutdown_seconds) + 5,
     )
-    host, port = listening.getsockname()[:2]
-    host = f"[{host}]" if ":" in host else host
-    print(f"Serving {service.model_name} at http://{host}:{port}/v1", flush=True)
     _Server(config, service, shutdown_seconds).run(sockets=[listening])

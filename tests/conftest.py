@@ -14,6 +14,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -417,3 +418,20 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(_http, "time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
         yield server
         utils.close_session()
+
+
+@pytest.fixture(scope="session")
+def violations():
+    """A function (browser page) -> what axe finds on it: rules and elements. It finds nothing if axe-core is not
+    installed: `npm install --no-save axe-core`."""
+    axe = Path(__file__).parents[1] / "node_modules" / "axe-core" / "axe.min.js"
+
+    def find(page):
+        if not axe.is_file():
+            return []
+        if not page.evaluate("!!window.axe"):
+            page.evaluate(axe.read_text(encoding="utf-8"))
+        found = page.evaluate("axe.run({ resultTypes: ['violations'] })")["violations"]
+        return [(each["id"], [node["html"][:100] for node in each["nodes"]]) for each in found]
+
+    return find

@@ -199,7 +199,7 @@ def test_the_readme_is_short():
 
 @by_page
 def test_no_placeholder_is_left(page):
-    of_programs = {"ATEN_CPU_CAPABILITY", "HF_TOKEN", "HF_HUB_OFFLINE", "GRADIO_TEMP_DIR", "USE_HUB_KERNELS"}
+    of_programs = {"ATEN_CPU_CAPABILITY", "HF_TOKEN", "HF_HUB_OFFLINE", "USE_HUB_KERNELS"}
     known = of_programs | {"LORA_TARGET", "EMPATHIC_API_KEY", "VLLM_API_KEY", "GPU_PYTHON"}
     assert set(re.findall(r"\b[A-Z]{2,}_[A-Z_]+\b", text_of(page))) <= known
 

@@ -285,19 +285,47 @@ def plot_poolings(audit: Audit, salt: str) -> str:
 # ----------------------------------------------------------------------------------------------------------- page
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1c1e21; --paper: #fff; --soft: #f1f3f6; --line: #ccd1d8; --bad: #b3261e; }
+:root { color-scheme: light dark; --ink: #1c1e21; --paper: #fff; --soft: #f1f3f6; --line: #ccd1d8; --bad: #b3261e;
+  --accent: #1f5fbf; --faint: #59626d; --shade: #0004; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e6ea; --paper: #16181c; --soft: #22262c; --line: #3b424c; --bad: #ff8a80; }
+  :root { --ink: #e4e6ea; --paper: #16181c; --soft: #22262c; --line: #3b424c; --bad: #ff8a80;
+    --accent: #8ab4f8; --faint: #a2abb7; --shade: #fff5; }
 }
 body { color: var(--ink); background: var(--paper); font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto;
   max-width: 60rem; padding: 0 1rem; }
-svg { color: var(--ink); max-width: 100%; height: auto; }
-table { border-collapse: collapse; margin: 0 0 1.5rem; width: 100%; }
-th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: left; vertical-align: top;
-  overflow-wrap: anywhere; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+a { color: var(--accent); }
+nav ul { columns: 16rem; padding-left: 1.2rem; margin: 0; }
+nav li { break-inside: avoid; }
+nav a { display: inline-block; padding: .25rem 0; }
+svg { color: var(--ink); display: block; width: 100%; min-width: 24rem; max-width: 46rem; height: auto; }
+/* A shade at the side to which a table can be scrolled: the paper over it moves with the table. */
+.scroll, figure { overflow-x: auto;
+  background: linear-gradient(90deg, var(--paper) 30%, transparent) left / 2.5rem 100% no-repeat local,
+    linear-gradient(270deg, var(--paper) 30%, transparent) right / 2.5rem 100% no-repeat local,
+    linear-gradient(90deg, var(--shade), transparent) left / 1rem 100% no-repeat,
+    linear-gradient(270deg, var(--shade), transparent) right / 1rem 100% no-repeat; }
+.scroll { margin: 0 0 1.5rem; }
+:focus-visible { outline: 2px solid var(--accent); }
+table { border-collapse: collapse; width: 100%; }
+th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: left; vertical-align: top; }
+td { overflow-wrap: anywhere; min-width: 4rem; }
+td:first-child { min-width: 9rem; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 tr.rejected { background: var(--soft); font-weight: 600; }
-tr.dropped { opacity: .6; }
+tr.dropped { color: var(--faint); }
+.candidates td:nth-child(2) { width: 60%; }
+h3 { margin: 1.5rem 0 .5rem; }
+h4 { margin: 0 0 .5rem; font-size: .85rem; font-weight: 500; color: var(--faint); }
+@media (max-width: 34rem) {  /* a candidate's cells one below the other */
+  .candidates thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  .candidates tr { display: grid; grid-template-columns: minmax(0, 1fr) auto; border-bottom: 1px solid var(--line);
+    padding: .4rem 0; }
+  .candidates td, .candidates td:nth-child(2) { width: auto; border: 0; padding: 0 .3rem; min-width: 0; }
+  .candidates td:nth-child(1) { font-size: .85rem; color: var(--faint); }
+  .candidates td:nth-child(2) { grid-area: 2 / 1 / 3 / 3; }
+  .candidates td:nth-child(3) { grid-area: 1 / 2; font-size: .85rem; }
+  .candidates td:nth-child(4) { grid-area: 3 / 1 / 4 / 3; font-size: .85rem; color: var(--faint); }
+}
 .warning { border-left: .3rem solid var(--bad); background: var(--soft); padding: .5rem 1rem; color: var(--bad); }
 article { border: 1px solid var(--line); border-radius: .4rem; padding: .6rem 1rem; margin: 0 0 1rem; }
 figure { margin: 1rem 0; }
@@ -306,7 +334,7 @@ figure { margin: 1rem 0; }
 
 def _table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
     """Render an HTML table; every cell is escaped."""
-    head = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in header)
+    head = "".join(f'<th scope="col">{html.escape(str(cell))}</th>' for cell in header)
     body = ""
     for row in rows:
         cells = "".join(
@@ -314,7 +342,16 @@ def _table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
             for cell in row
         )
         body += f"<tr>{cells}</tr>\n"
-    return f"<table>\n<tr>{head}</tr>\n{body}</table>"
+    name = html.escape(f"{header[0]} and {header[1]}")
+    return (
+        f'<div class="scroll" tabindex="0" role="group" aria-label="Table: {name}">\n<table>\n'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n</div>"
+    )
+
+
+def _figure(svg: str, title: str) -> str:
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(title)}" ', 1)
+    return f'<figure tabindex="0" aria-label="{html.escape(title)}">{svg}</figure>'
 
 
 def _example(sample: dict, candidates: Sequence[dict], rejected: Sequence[int], pooling: str) -> str:
@@ -335,14 +372,36 @@ def _example(sample: dict, candidates: Sequence[dict], rejected: Sequence[int], 
         )
     emotion = html.escape(sample["emotion"] or "unlabeled")
     return (
-        f"<article>\n<p>{'<br>'.join(lines)} <i>({emotion})</i><br><b>True reply:</b> {html.escape(sample['reply'])}"
-        f"<br><small>{html.escape(sample_name(sample))}</small></p>\n<table>\n<tr><th>emotion</th><th>candidate</th>"
-        f"<th>similarity</th><th></th></tr>\n{rows}</table>\n</article>"
+        f"<article>\n<h4>{html.escape(sample_name(sample))}</h4>\n<p>{'<br>'.join(lines)} <i>({emotion})</i><br>"
+        f"<b>True reply:</b> {html.escape(sample['reply'])}</p>\n<table class=candidates>\n<thead><tr>"
+        '<th scope="col">emotion</th><th scope="col">candidate</th><th scope="col">similarity</th>'
+        f'<th scope="col">outcome</th></tr></thead>\n<tbody>\n{rows}</tbody>\n</table>\n</article>'
     )
 
 
+EMOTIONS_TITLE = "Emotions of the rejected replies, by the true emotion"
+CONTENTS = {
+    "poolings": "samples by pooling",
+    "similarities": "similarities",
+    "emotions": "emotions",
+    "pairs": "pairs",
+    "misses": "nearest misses",
+}
+
+
+def _salt(split: str) -> str:
+    """A name of a split for element ids; it begins with a letter."""
+    return f"s{hashlib.sha256(split.encode()).hexdigest()[:8]}"
+
+
+def _links(split: str) -> str:
+    """The entry of a split in the contents list."""
+    parts = ", ".join(f'<a href="#{_salt(split)}-{part}">{name}</a>' for part, name in CONTENTS.items())
+    return f'<li><a href="#{_salt(split)}">Split {html.escape(split)}</a>: {parts}</li>'
+
+
 def _section(split: str, audit: Audit) -> str:
-    salt, name = hashlib.sha256(split.encode()).hexdigest()[:8], html.escape(split)
+    salt, name = _salt(split), html.escape(split)
     said = "\n".join(f'<p class="warning">{html.escape(warning)}</p>' for warning in audit.warnings())
     reasons = Counter(item["reason"].split(": the lowest similarity")[0] for item in audit.left_out)
     numbers = [
@@ -366,21 +425,22 @@ def _section(split: str, audit: Audit) -> str:
         for name in POOLINGS
     ]
     pairs, misses = audit.examples()
+    below, similar, emotions = "Samples below the threshold, by pooling", "Similarities", EMOTIONS_TITLE
     return f"""
 <section>
-<h2>Split {name}</h2>
+<h2 id="{salt}">Split {name}</h2>
 {said}
 {_table(("item", "count"), numbers)}
-<h3>Samples below the threshold, by pooling</h3>
-<figure>{plot_poolings(audit, salt)}</figure>
+<h3 id="{salt}-poolings">{below}</h3>
+{_figure(plot_poolings(audit, salt), below)}
 {_table(("pooling", "samples below", "share", "lowest similarity: minimum", "median", "maximum"), poolings)}
-<h3>Similarities</h3>
-<figure>{plot_similarities(audit, salt)}</figure>
-{negatives}<h3>Emotions of the rejected replies, by the true emotion</h3>
-<figure>{plot_emotions(audit, salt)}</figure>
-<h3>Examples of pairs</h3>
+<h3 id="{salt}-similarities">{similar}</h3>
+{_figure(plot_similarities(audit, salt), similar)}
+{negatives}<h3 id="{salt}-emotions">{emotions}</h3>
+{_figure(plot_emotions(audit, salt), emotions)}
+<h3 id="{salt}-pairs">Examples of pairs</h3>
 {"".join(_example(*example, audit.pooling) for example in pairs) or "<p>No pairs.</p>"}
-<h3>Nearest misses</h3>
+<h3 id="{salt}-misses">Nearest misses</h3>
 {"".join(_example(*example, audit.pooling) for example in misses) or "<p>No misses.</p>"}
 </section>"""
 
@@ -398,6 +458,7 @@ def page(audits: dict[str, Audit], settings: dict) -> str:
         settings: name -> value, for a table.
     """
     sections = "\n".join(_section(split, audit) for split, audit in audits.items())
+    links = "".join(map(_links, audits))
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -407,12 +468,17 @@ def page(audits: dict[str, Audit], settings: dict) -> str:
 <style>{STYLE}</style>
 </head>
 <body>
+<header>
 <h1>Counter-emotional replies: audit</h1>
 <p>For each sample, one candidate reply was written per emotion. The true reply is chosen. The rejected reply is the
 candidate whose emotion is least similar to that of the true reply, if the similarity is below the threshold.</p>
+</header>
+<nav aria-label="Contents"><h2>Contents</h2><ul>{links}<li><a href="#settings">Settings</a></li></ul></nav>
+<main>
 {sections}
-<h2>Settings</h2>
+<h2 id="settings">Settings</h2>
 {_table(("setting", "value"), [(name, str(value)) for name, value in settings.items()])}
+</main>
 </body>
 </html>
 """

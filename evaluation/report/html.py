@@ -12,10 +12,10 @@ POLICY = (
 )
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --paper: #fff; --soft: #f1f3f6; --line: #ccd1d8; --faint: #59626d;
-  --accent: #1f5fbf; --bad: #b3261e; --published: #f7f0e3; }
+  --accent: #1f5fbf; --bad: #b3261e; --published: #f7f0e3; --shade: #0004; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e4e6ea; --paper: #16181c; --soft: #22262c; --line: #3b424c; --faint: #a2abb7; --accent: #8ab4f8;
-    --bad: #ff8a80; --published: #2d281d; }
+    --bad: #ff8a80; --published: #2d281d; --shade: #fff5; }
 }
 * { box-sizing: border-box; }
 body { color: var(--ink); background: var(--paper); font: 16px/1.5 system-ui, sans-serif; margin: 0 auto;
@@ -26,7 +26,13 @@ h3 { font-size: 1.05rem; margin: 1.5rem 0 .4rem; }
 a { color: var(--accent); }
 nav ul { columns: 18rem; padding-left: 1.2rem; margin: 0; }
 nav li { break-inside: avoid; }
-.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: .4rem; }
+nav a { display: inline-block; padding: .25rem 0; }
+/* A shade at the side to which a table can be scrolled: the paper over it moves with the table. */
+.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: .4rem;
+  background: linear-gradient(90deg, var(--paper) 30%, transparent) left / 2.5rem 100% no-repeat local,
+    linear-gradient(270deg, var(--paper) 30%, transparent) right / 2.5rem 100% no-repeat local,
+    linear-gradient(90deg, var(--shade), transparent) left / 1rem 100% no-repeat,
+    linear-gradient(270deg, var(--shade), transparent) right / 1rem 100% no-repeat; }
 .scroll:focus-visible { outline: 2px solid var(--accent); }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align: left; vertical-align: top; }
@@ -97,7 +103,7 @@ def _table(table: Table) -> str:
     wide = " wide" if len(table.header) > 3 else ""
     return (
         f"<h3>{_escape(table.title)}</h3>\n"
-        f'<div class="scroll{wide}" tabindex="0" role="region" aria-label="{_escape(table.title)}">\n<table>\n'
+        f'<div class="scroll{wide}" tabindex="0" role="group" aria-label="{_escape(table.title)}">\n<table>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(body) + f"\n</tbody>\n</table>\n</div>\n{notes}"
     )
 
@@ -197,10 +203,14 @@ def page(title: str, about: list[Part], sections: list[Section]) -> str:
 <style>{STYLE}</style>
 </head>
 <body>
+<header>
 <h1>{_escape(title)}</h1>
 {chr(10).join(map(_part, about))}
-<nav aria-label="Sections"><ul>{links}</ul></nav>
+</header>
+<nav aria-label="Contents"><h2>Contents</h2><ul>{links}</ul></nav>
+<main>
 {chr(10).join(_section(place, each) for place, each in enumerate(sections))}
+</main>
 </body>
 </html>
 """

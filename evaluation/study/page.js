@@ -165,6 +165,7 @@
 
   function section(name) {
     for (const each of ["start", "rating", "end"]) byId(each).hidden = each !== name;
+    byId("title").hidden = name !== "rating"; // the other sections have a heading of their own
   }
 
   function complete(item) {
@@ -347,7 +348,7 @@
 
   // -------------------------------------------------------------------------------------------------------- begin
 
-  document.querySelector("#start h1").textContent = study.title;
+  for (const heading of [document.querySelector("#start h1"), byId("title")]) heading.textContent = study.title;
   byId("introduction").replaceChildren(...study.introduction.map((text) => element("p", "", text)));
   showProgress();
   showSaving();

@@ -320,7 +320,7 @@ def test_a_space_must_bear_the_metrics_name(hub, capsys):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_page_of_a_space(name, tmp_path, monkeypatch):
-    """`app.py` as it is pushed, called over HTTP. Needs gradio, which `pip install empathic[demo]` brings."""
+    """`app.py` as it is pushed, called over HTTP. Needs gradio, which the extra `dev` brings."""
     pytest.importorskip("gradio")
     from gradio_client import Client
 

@@ -114,19 +114,19 @@ def engines(model, processor):
     running = []
 
     class Local:
-        def __init__(self, max_batch=4, max_bytes=10**8, max_queue=64, max_memories=None):
-            cache = PrefixCache(max_bytes)
+        def __init__(self, max_batch=4, max_bytes=10**8, max_queue=64, max_memories=None, max_seconds=None):
+            cache = PrefixCache(max_bytes, max_seconds)
             self.front = FrontEnd(model, processor, cache, max_memories)
             self.decoder = LocalDecoder(model, cache, max_batch)
             self.engine = Engine(self.front, self.decoder, Metrics(), max_queue)
 
-        def submit(self, history, text, emit=None, clips=None, system=None, **options):
+        def submit(self, history, text, emit=None, clips=None, system=None, details=False, **options):
             """Submit a turn after a history of (user's text, reply) pairs; return the request and its events."""
             said = [Utterance(("user", "assistant")[i % 2], None, t) for i, t in enumerate(sum(history, ()))]
             events = queue.Queue()
             options = Options(**{"max_tokens": 8, "temperature": 0, **options})
             turn = Utterance("user", None, text)
-            request = Request(system, History(said), turn, clips or {}, options, emit or events.put)
+            request = Request(system, History(said), turn, clips or {}, options, emit or events.put, details)
             self.engine.submit(request)
             return SimpleNamespace(request=request, events=events)
 

@@ -1,5 +1,6 @@
 """Replies of several conversations at once: equal to those made alone, and independent of each other."""
 
+import queue
 import random
 import threading
 import time
@@ -7,8 +8,9 @@ import time
 import pytest
 
 from empathic.chat import ChatSession
+from empathic.emotions import name_emotion
 from empathic.serve.engine import QueueFull
-from empathic.serve.replies import Done, Failed, Piece
+from empathic.serve.replies import Done, Failed, Felt, Look, Piece, Progress, Skipped
 
 WORDS = "hello there how are you i am fine thanks what did he say about the old dog of clara".split()
 
@@ -222,3 +224,108 @@ def test_a_long_history_is_read_between_the_tokens_of_other_replies(engines, mon
     running.request.cancelled = True
     first, last = order.index("block"), len(order) - order[::-1].index("block")
     assert order.count("block") > 20 and order[first:last].count("token") > order.count("block") / 8
+
+
+# ------------------------------------------------------------------------------------------- details
+
+
+@pytest.fixture
+def clips(processor, clip):
+    return {"audio": processor.sound({"path": clip}), "video": processor.frames({"path": clip})}
+
+
+def events_of(asked):
+    """All events of a request."""
+    found = []
+    while not found or not isinstance(found[-1], (Done, Failed)):
+        found.append(asked.events.get(timeout=60))
+    return found
+
+
+def test_the_stages_of_a_turn_are_told_and_its_emotion_comes_with_the_first_token(engines, model, processor, clips):
+    local = engines()
+    events = events_of(local.submit([("hello", "there")], "how are you", clips=clips, details=True))
+    kinds = [type(event) for event in events]
+    assert [event.stage for event in events if isinstance(event, Progress)] == ["listening", "watching", "answering"]
+    assert kinds.index(Felt) <= 4 and kinds[-1] is Done and kinds.count(Felt) == 1
+    felt = events[kinds.index(Felt)]
+    items = {
+        kind: {"features": features["features"]} for kind, features in local.front.encode_clips([clips])[0].items()
+    }
+    assert felt.emotions == pytest.approx(name_emotion(model, processor, "how are you", items))
+    for kind in ("audio", "video"):
+        assert felt.by_kind[kind] == pytest.approx(name_emotion(model, processor, "", {kind: items[kind]}))
+    assert events[-1].felt == felt
+    plain = events_of(local.submit([("hello", "there")], "how are you", clips=clips))
+    assert {type(event) for event in plain} == {Piece, Done} and plain[-1].memory is None
+    assert plain[-1].felt.emotions == felt.emotions and plain[-1].felt.by_kind == {}
+    assert [event.text for event in plain[:-1]] == [event.text for event in events if isinstance(event, Piece)]
+
+
+def test_the_memory_is_told_as_a_session_counts_it(engines, model, processor):
+    local, session = engines(max_memories=4), ChatSession(model, processor, max_memories=4)
+    history, digests = [], []
+    for text in ("hello there", "how are you", "what did he say", "i am fine"):
+        asked = local.submit(history, text, details=True)
+        reply, memory = "", None
+        for event in events_of(asked):
+            reply += event.text if isinstance(event, Piece) else ""
+            memory = getattr(event, "memory", memory)
+        assert session.reply(text, do_sample=False, max_new_tokens=8) == reply
+        history.append((text, reply))
+        digests.append(memory.digest)
+        following = session.fork()
+        following.reply("hello", do_sample=False, max_new_tokens=1)
+        cost = following.last_turn
+        assert (memory.vectors, memory.text_tokens) == (cost.memory_vectors, cost.history_text_tokens)
+    assert len(set(digests)) == 4 and all(len(digest) == 32 for digest in digests)
+    *_, again = events_of(local.submit(history[:1], history[1][0], details=True))
+    assert again.memory.digest == digests[1]
+
+
+def test_those_who_wait_are_told_how_many_are_before_them(engines):
+    local = engines(max_batch=1)
+    running = local.submit([], "hello", max_tokens=7000)
+    running.events.get(timeout=60)
+    waiting = [local.submit([], "there", details=True) for _ in range(3)]
+    assert [one.events.get(timeout=60) for one in waiting] == [Progress("waiting", ahead) for ahead in (1, 2, 3)]
+    waiting[0].request.cancelled = True
+    running.request.cancelled = True
+    stages = [[event for event in events_of(one) if isinstance(event, Progress)] for one in waiting[1:]]
+    assert all(found[-1].stage == "answering" for found in stages)
+    places = [event.ahead for event in stages[1] if event.stage == "waiting"]
+    assert places == sorted(places, reverse=True) and places[-1] == 1
+
+
+def test_a_look_is_answered_alone_and_never_delays_a_reply(engines, model, processor, clips):
+    local, seen = engines(max_batch=1), queue.Queue()
+    local.engine.look(Look("", clips, seen.put, if_idle=True))
+    felt = seen.get(timeout=60)
+    items = local.front.encode_clips([clips])[0]
+    assert felt.emotions == pytest.approx(name_emotion(model, processor, "", items))
+    assert set(felt.by_kind) == {"audio", "video"}
+    running = local.submit([], "hello", max_tokens=7000)
+    running.events.get(timeout=60)
+    assert local.engine.is_busy
+    local.engine.look(Look("", clips, seen.put, if_idle=True))
+    assert isinstance(seen.get(timeout=60), Skipped)
+    local.engine.look(Look("", clips, seen.put))  # one that waits is answered between two tokens
+    assert seen.get(timeout=60) == felt and not running.request.cancelled
+    running.request.cancelled = True
+    local.engine.stop()
+    local.engine.look(Look("", clips, seen.put))
+    assert seen.get(timeout=60).status == 503
+
+
+def test_what_was_kept_of_conversations_leaves_after_a_while(engines):
+    local = engines(max_seconds=0.2)
+    asked = [local.submit([("hello", "there")], f"how are you {number}", details=True) for number in range(3)]
+    for one in asked:
+        events_of(one)
+    deadline = time.monotonic() + 30
+    while len(local.front.cache) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(local.front.cache) == local.front.cache.size == 0
+    assert local.ask([("hello", "there")], "how are you 0")[0] == of_a_session(
+        local.front.model, local.front.processor, [("hello", "there")], "how are you 0"
+    )

@@ -1,5 +1,7 @@
 """The bounded store of what conversations share."""
 
+import time
+
 import torch
 
 from empathic.serve.prefix_cache import OVERHEAD, PrefixCache, digest
@@ -41,3 +43,18 @@ def test_pieces_without_tensors_are_bounded_too():
 def test_a_digest_depends_on_where_parts_end():
     assert len({digest(b"ab", b"c"), digest(b"a", b"bc"), digest(b"abc"), digest(b"abc", b"")}) == 4
     assert digest(b"ab", b"c") == digest(b"ab", b"c")
+
+
+def test_a_sweep_evicts_what_was_not_used_for_a_while():
+    tensor = torch.zeros(10)
+    cache, endless = PrefixCache(10**6, max_seconds=0.2), PrefixCache(10**6)
+    for name in "ab":
+        cache.put(name, name, [tensor])
+        endless.put(name, name, [tensor])
+    cache.sweep()
+    assert len(cache) == 2
+    time.sleep(0.3)
+    cache.get("a")  # counts as used
+    cache.sweep()
+    endless.sweep()
+    assert "a" in cache and "b" not in cache and len(endless) == 2 and cache.evictions == 1

@@ -6,14 +6,14 @@ import random
 import pytest
 
 from empathic.serve.prompts import Utterance
-from empathic.serve.protocol import APIError, Limits, MediaPart, read_chat, read_json
+from empathic.serve.protocol import APIError, Limits, MediaPart, read_chat, read_emotion, read_json
 
 USER, BOT = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "there"}
 SOUND = {"type": "input_audio", "input_audio": {"data": "aGk=", "format": "wav"}}
 
 
 def read(body, **limits):
-    return read_chat({"model": "m", "messages": [USER], **body}, "m", Limits(**limits))
+    return read_chat({"model": "m", "messages": [USER], **body}, ["m"], Limits(**limits))
 
 
 def test_a_whole_request_is_read():
@@ -223,8 +223,29 @@ def test_no_request_raises_anything_but_an_api_error():
             except (KeyError, IndexError, TypeError):  # replaced before
                 continue
         try:
-            read_chat(body, "m", Limits())
+            read_chat(body, ["m"], Limits())
         except APIError as error:
             refused += 1
             json.dumps(error.body)
     assert 1000 < refused < 3000
+
+
+def test_several_models_and_details():
+    body = {"messages": [USER], "details": True}
+    assert [read_chat({**body, "model": name}, ["m", "n"], Limits()).model for name in "mn"] == ["m", "n"]
+    assert read(body).details and not read({}).details and read(body).ignored == []
+    with pytest.raises(APIError, match="this server has 'm' and 'n'") as caught:
+        read_chat({**body, "model": "o"}, ["m", "n"], Limits())
+    assert caught.value.status == 404
+    with pytest.raises(APIError, match="details is 1"):
+        read({"details": 1})
+
+
+def test_a_request_for_an_emotion_is_read():
+    content = [SOUND, {"type": "text", "text": "hello"}]
+    name, text, media, if_idle = read_emotion({"model": "m", "content": content, "if_idle": True}, ["m"], Limits())
+    assert (name, text, if_idle) == ("m", "hello", True) and [part.kind for part in media] == ["audio"]
+    for content, param in ((None, "content"), ([{"type": "text", "text": 3}], "content.0.text"), ([SOUND] * 2, None)):
+        with pytest.raises(APIError) as caught:
+            read_emotion({"model": "m", "content": content}, ["m"], Limits())
+        assert param is None or caught.value.body["error"]["param"] == param

@@ -151,6 +151,37 @@ def test_the_emotion_is_that_of_the_model(client, reference, clip, sound):
     assert not hasattr(ask(client, [user("hello")]).choices[0].message, "emotion")
 
 
+def test_a_stream_with_details_tells_what_happens(server, client, clip):
+    message = {"role": "user", "content": [video_url(clip), {"type": "text", "text": "hello"}]}
+    body = {**GREEDY, "messages": [message], "stream": True, "details": True}
+    lines = post(server, json.dumps(body)).text.split("\n\n")
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line not in ("", "data: [DONE]")]
+    stages = [event["progress"]["stage"] for event in events if "progress" in event]
+    assert stages == ["listening", "watching", "answering"]
+    felt = next(event["emotion"] for event in events if "emotion" in event)
+    assert set(felt["alone"]) == {"audio", "video"} and felt["label"] in felt["probabilities"]
+    text = "".join(event["choices"][0]["delta"].get("content", "") for event in events if event["choices"])
+    plain = ask(client, [message], extra_body={"details": True})
+    assert text == text_of(plain) and plain.choices[0].message.emotion == felt
+    memory = events[-1]["memory"]
+    assert memory["vectors"] == 2 and memory["text_tokens"] > 2 and plain.memory == memory
+    assert list(ask(client, [message], stream=True, extra_body={"details": True}))  # the client takes it
+
+
+def test_an_emotion_is_named_without_a_reply(server, client, clip, sound):
+    body = {"model": MODEL, "content": [video_url(clip)]}
+    answer = post(server, json.dumps({**body, "if_idle": True}), "/v1/emotion").json()
+    message = {"role": "user", "content": [video_url(clip)]}
+    asked = ask(client, [message]).choices[0].message.emotion
+    assert answer["emotion"]["probabilities"] == pytest.approx(asked["probabilities"], abs=1e-5)
+    assert set(answer["emotion"]["alone"]) == {"audio", "video"}
+    voice = post(server, json.dumps({**body, "content": [input_audio(sound)]}), "/v1/emotion").json()
+    assert "alone" not in voice["emotion"]
+    refused = post(server, json.dumps({**body, "content": "hello"}), "/v1/emotion")
+    assert refused.status_code == 400 and "cannot name the emotion without a clip" in refused.text
+    assert post(server, "[]", "/v1/emotion").status_code == 400
+
+
 def test_a_stream_gives_the_reply_in_pieces(client, reference):
     messages = [user("hello"), bot("there"), user("what did he say")]
     chunks = list(ask(client, messages, stream=True, max_tokens=20, stream_options={"include_usage": True}))

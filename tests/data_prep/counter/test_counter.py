@@ -1,6 +1,7 @@
 """Counter-emotional preference pairs: selection, files, audit page."""
 
 import json
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -579,7 +580,10 @@ def test_the_page_is_whole_escaped_and_readable_in_light_and_dark(tmp_path):
     names = [tag for tag, _ in page.tags]
     assert "script" not in names and "u" not in names and names.count("svg") == 3
     assert evil in page.text and "<script>name" in page.text and "<script>clara" in page.text and "<u>" in page.text
-    assert not any("src" in attributes or ("href" in attributes and tag == "a") for tag, attributes in page.tags)
+    assert not any("src" in attributes for _, attributes in page.tags)
+    links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    places = {f"#{attributes['id']}" for _, attributes in page.tags if "id" in attributes}
+    assert len(links) == 7 and set(links) <= places  # the contents
     assert "prefers-color-scheme: dark" in text and "currentColor" in text and "#123456" not in text
     for words in (
         "similarity to the true reply (cosine, pooling mean)",
@@ -596,3 +600,25 @@ def test_the_page_is_whole_escaped_and_readable_in_light_and_dark(tmp_path):
     report, _ = run(samples, Scripted(script), cosines, tmp_path, {"model": "<script>name"}, threshold=-1.0)
     page = Page((tmp_path / "audit.html").read_text(encoding="utf-8"))
     assert [tag for tag, _ in page.tags].count("article") == 12 and "No pairs." in page.text
+
+
+@pytest.mark.slow  # starts a browser
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_the_page_in_a_browser(tmp_path, violations, width, scheme):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("There is no Chromium on this machine (Debian: apt install chromium).")
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (extra `dev`).")
+    samples = [sample_of("hello there", "i am fine", dialogue=str(number)) for number in range(3)]
+    run(samples, Scripted({"hello there": SCRIPT}), Cosines("i am fine", **COSINES), tmp_path, {"model": "m" * 300})
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme).new_page()
+        page.goto((tmp_path / "audit.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width and violations(page) == []
+        cells = page.locator("table.candidates tbody tr").first.locator("td").all()
+        places = [cell.bounding_box() for cell in cells]
+        # On a phone, a candidate has the whole width for its text.
+        assert (places[1]["y"] > places[0]["y"]) == (width == 390) and places[1]["width"] > 0.3 * width
+        assert all(place["x"] + place["width"] <= width for place in places)
+        browser.close()

@@ -486,7 +486,7 @@ OVERFLOWING = """[...document.querySelectorAll('body *')].filter((each) => each.
         (375, "dark", "rgb(22, 24, 28)", "rgb(228, 230, 234)"),
     ],
 )
-def test_the_page_in_a_browser(written, browser, width, scheme, paper, ink):
+def test_the_page_in_a_browser(written, browser, violations, width, scheme, paper, ink):
     page = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme).new_page()
     problems, asked = [], []
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
@@ -518,4 +518,7 @@ def test_the_page_in_a_browser(written, browser, width, scheme, paper, ink):
             break
         page.wait_for_timeout(50)
     assert page.evaluate(heard) == [True, True]
+    assert violations(page) == []
+    targets = page.evaluate("[...document.querySelectorAll('nav a')].map((each) => each.hash.slice(1))")
+    assert len(targets) > 3 and all(page.evaluate("(id) => document.getElementById(id) !== null", id) for id in targets)
     page.context.close()

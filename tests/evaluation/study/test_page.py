@@ -230,9 +230,10 @@ def test_a_crash_of_the_server_loses_nothing(study, server, browser):
 @pytest.mark.parametrize(
     "width, scheme, colour", [(1280, "light", "rgb(255, 255, 255)"), (360, "dark", "rgb(22, 24, 28)")]
 )
-def test_texts_are_texts_and_nothing_overflows(server, browser, width, scheme, colour):
+def test_texts_are_texts_and_nothing_overflows(server, browser, violations, width, scheme, colour):
     options = dict(viewport={"width": width, "height": 740}, color_scheme=scheme)
     page, problems = open_page(browser, server[0].links[1], **options)
+    assert violations(page) == []
     page.click("#begin")
     seen = set()
     for _ in range(7):
@@ -243,7 +244,7 @@ def test_texts_are_texts_and_nothing_overflows(server, browser, width, scheme, c
         over = """[...document.querySelectorAll('body *')].filter((each) => each.getClientRects().length &&
             (each.getBoundingClientRect().right > innerWidth + 0.5 || each.scrollWidth > each.clientWidth + 1
              && getComputedStyle(each).display !== 'inline')).map((each) => each.outerHTML.slice(0, 80))"""
-        assert page.evaluate(over) == []
+        assert page.evaluate(over) == [] and violations(page) == []
         judge(page)
         page.keyboard.press("Enter")
     assert EVIL in seen and page.title() == "Which reply fits?"
