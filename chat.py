@@ -23,6 +23,7 @@ from transformers.generation import BaseStreamer, GenerationMode
 
 from .compat_empathic import CACHE
 from .configuration_empathic import MEMORY_SIZE
+from .memory_empathic import MemoryState
 from .sampling import plain_decoding
 from .thoughts import WrittenDecoder, is_thought_so_far, read_written
 
@@ -205,7 +206,7 @@ class _Memory:
     """All data of a session between two turns. It is replaced as a whole, so that a failed turn changes nothing."""
 
     messages: list  # of dict
-    state: object  # MemoryState
+    state: MemoryState
     ends: list[int]  # for each message, the number of memory vectors up to its end
     vectors: list  # of (hidden_size,) tensors: the newest memory vectors
     text_tokens: int
@@ -333,7 +334,7 @@ class ChatSession:
         return self._memory.messages
 
     @property
-    def state(self):
+    def state(self) -> MemoryState:
         """The memory encoder's state, a `MemoryState`."""
         return self._memory.state
 
@@ -513,9 +514,11 @@ class ChatSession:
         keys = Keys(centered=embed is None)
         if session.recall:
             saved = tensors.get("keys")
-            if embed is None and saved is None:
+            if embed is not None:
+                saved = session._embed([m["content"] for m in record["messages"]])
+            elif saved is None:
                 raise ValueError(f"{path} was saved by a session with `embed`. Give the same function as `embed`.")
-            keys = keys.plus(saved if embed is None else session._embed([m["content"] for m in record["messages"]]))
+            keys = keys.plus(saved)
         tensors.pop("keys", None)
         vectors, messages = tensors.pop("vectors"), record["messages"]
         if vectors.shape[1] != session.vectors.shape[1]:
@@ -552,6 +555,7 @@ class ChatSession:
 
     def _embed(self, texts: list[str]) -> torch.Tensor:
         """Return the vectors (n, width) of texts from `embed`."""
+        assert self.embed is not None
         return torch.as_tensor(self.embed(texts)).reshape(len(texts), -1) if texts else torch.zeros(0, 0)
 
     def _inputs(self, content: list[dict], recalled: tuple[int, ...]) -> dict[str, torch.Tensor]:

@@ -105,8 +105,8 @@ def reply_in(way: str, model, processor, messages: list[dict], turn: dict, budge
     """Reply to a turn after messages, with the memory of one of `WAYS`."""
     text = message_text(turn)
     if way != "merged":
-        options = {} if way == "no limit" else {"max_memories": budget}
-        session = ChatSession(model, processor, recall=recall if way == "recalled" else 0, **options)
+        limit = None if way == "no limit" else budget
+        session = ChatSession(model, processor, max_memories=limit, recall=recall if way == "recalled" else 0)
         session.remember(*messages)
         return session.reply(text, do_sample=False, max_new_tokens=32)
     session = ChatSession(model, processor)

@@ -273,6 +273,7 @@ class Arms:
         held = sum(tensor.nbytes for tensor in session.state.state_dict().values()) + session.vectors.nbytes
         text = session.reply(question, do_sample=False, max_new_tokens=self.settings.max_new_tokens)
         cost = session.last_turn
+        assert cost is not None
         positions = cost.new_positions + cost.reused_positions
         held += positions * self._bytes_per_position()
         recalled = [self.said[place] for place in cost.recalled]

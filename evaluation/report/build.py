@@ -16,7 +16,7 @@ from pathlib import Path
 from ..study.build import KEY
 from ..study.report import ANALYSIS
 from .contrast import contrast_examples, contrast_parts
-from .costs import counter_parts, efficiency_parts, reconstruction_parts
+from .costs import counter_parts, efficiency_parts, memory_parts, reconstruction_parts
 from .exchanges import ReportClips, exchanges
 from .html import page
 from .judge import judge_parts
@@ -51,6 +51,7 @@ RESULT_KINDS = {
     "judge": Kind("judge.json", ("systems", "answers", "rubric"), "Judge", "empathic evaluate judge"),
     "emotion": Kind("emotion.json", ("systems", "comparisons"), "Emotions", "empathic evaluate emotion"),
     "reconstruction": Kind("reconstruction.json", ("scores", "runs"), "Memory", "empathic evaluate reconstruction"),
+    "memory": Kind("memory.json", ("benchmark", "arms"), "Long conversations", "empathic evaluate memory"),
     "efficiency": Kind("efficiency.json", ("machine", "histories"), "Costs", "empathic evaluate efficiency"),
     "counter": Kind("report.json", ("settings", "pairs", "splits"), "Counter-emotional replies", "empathic counter"),
 }
@@ -142,6 +143,8 @@ def _sections(found: Found, output: Path, clips: ReportClips, samples: int) -> l
         if found.kind == "reconstruction":
             written = _lines(found.path.with_suffix(".jsonl"))
             return [Section(f"{title}: {short_name(results['data'])}", reconstruction_parts(results, written))]
+        if found.kind == "memory":
+            return [Section(f"{title}: {results['benchmark']}", memory_parts(results))]
         if found.kind == "efficiency":
             return [Section(f"{title}: {results['name']}", efficiency_parts(results))]
         if found.kind == "counter":

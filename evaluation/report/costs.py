@@ -160,6 +160,39 @@ def _rate_table(rates: list[Mapping]) -> Table:
     return Table("Utterances rebuilt alone, by memory vectors per token", header, rows, notes=notes)
 
 
+# ------------------------------------------------------------------------------------------------- long conversations
+
+
+def memory_parts(results: Mapping) -> list[Part]:
+    """Report the answers to questions about long conversations, from memory.json."""
+    arms = results["arms"]
+    counts = next(iter(arms.values()))["questions"]
+    columns = ["all", *sorted(name for name in counts if name != "all")]
+    header = ["the prompt has", *(f"{name} ({counts[name]:,})" for name in columns)]
+
+    def table(title: str, key: str) -> Table:
+        shares = {arm: [row[key][name] for name in columns] for arm, row in arms.items()}
+        rows = [[arm, *("–" if value is None else f"{value:.3f}" for value in row)] for arm, row in shares.items()]
+        return Table(title, header, rows)
+
+    costs = [
+        [
+            arm,
+            *(number(row[name]) for name in ("positions", "new_positions", "seconds", "reading_seconds")),
+            number(row["held_bytes"] / 2**20),
+        ]
+        for arm, row in arms.items()
+    ]
+    names = ["positions", "processed for a question", "seconds a question", "seconds to read a conversation"]
+    return [
+        f"{results['model']} on {results['data']}: {counts['all']:,} of {results['all_questions']:,} questions about "
+        f"{results['conversations']:,} conversations. Retrieval: {results['retriever']}.",
+        table("F1 of the answers, as the benchmark defines it", "f1"),
+        table("Share of the evidence that is in the prompt", "evidence_recall"),
+        Table("Costs of an answer", ["the prompt has", *names, "held (MiB)"], costs),
+    ]
+
+
 def _score(row: Mapping, name: str) -> str:
     return f"{row[name]:.3f}" if name in row else "–"
 
