@@ -7,6 +7,7 @@ state; what it has computed of a conversation is found again by the conversation
 
 import mimetypes
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -213,12 +214,11 @@ def serve_page(
 def _listen(host: str, port: int | None):
     if port is not None:
         return listen(host, port)
-    for place in range(FIRST_PORT, FIRST_PORT + PORTS):
-        try:
+    *ports, last = range(FIRST_PORT, FIRST_PORT + PORTS)
+    for place in ports:
+        with suppress(OSError):
             return listen(host, place)
-        except OSError as error:
-            last = error
-    raise last
+    return listen(host, last)
 
 
 def _last_part(place: str) -> str:
