@@ -79,7 +79,13 @@ def test_without_a_gpu_the_check_says_what_can_be_run(tmp_path, capsys, monkeypa
 def test_make_runs_the_dry_run_in_processes_of_their_own(tmp_path):
     root = Path(__file__).parents[2]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = ["make", "test-gpu", f"GPU_PYTHON={sys.executable}", f"GPU_OUTPUT={tmp_path}", "ARGS=--dry_run --minutes 60"]
+    command = [
+        "make",
+        "test-gpu",
+        f"GPU_PYTHON={sys.executable}",
+        f"GPU_OUTPUT={tmp_path}",
+        "ARGS=--dry_run --minutes 60",
+    ]
     done = subprocess.run([*command], cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     joined = json.loads((tmp_path / "gpu_check.json").read_text())
