@@ -62,10 +62,10 @@ class PrefixCache:
         size = OVERHEAD + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         if size > self.max_bytes:
             return
+        while self.size + size > self.max_bytes:
+            self._evict()
         self._pieces[key] = piece, size, time.monotonic()
         self.size += size
-        while self.size > self.max_bytes:
-            self._evict()
 
     def sweep(self) -> None:
         """Evict what was not used for `max_seconds`."""
