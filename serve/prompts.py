@@ -284,7 +284,8 @@ class FrontEnd:
         new = history.messages()[count:]
         tokens = (tokens or 0) + (self._text_tokens(new) if new else 0)
         self.cache.put(("tokens", history.digests[-1]), tokens, [])
-        return len(history) - dropped_memories(len(history), self.max_memories), tokens
+        ends = self._ends(history)
+        return (ends[-1] if ends else 0) - dropped_memories(ends, self.max_memories), tokens
 
     def _text_tokens(self, messages: list[dict]) -> int:
         return len(self.processor.prepare([*messages, SOME_TURN], history="text")["input_ids"]) - self._turn_tokens
@@ -305,11 +306,7 @@ class FrontEnd:
             text: the user's text.
             clips: content items by kind, from `encode_clips`.
         """
-        ends = list(
-            accumulate(
-                self._count(said, key) for said, key in zip(history.utterances, history.digests[1:], strict=True)
-            )
-        )
+        ends = self._ends(history)
         dropped = dropped_memories(ends, self.max_memories)
         earlier = history.messages()[bisect_right(ends, dropped) :]
         content = [{"type": kind, **item} for kind, item in clips.items()]
@@ -332,6 +329,11 @@ class FrontEnd:
             vectors = heard[len(heard) - len(places[there:]) :]  # without those of `first` that are reused
         prompt.embeddings = self._embed(ids[prompt.reused :], vectors, self.processor.pad([sample]))
         return prompt
+
+    def _ends(self, history: History) -> list[int]:
+        """Return the number of memory vectors up to the end of each utterance."""
+        pairs = zip(history.utterances, history.digests[1:], strict=True)
+        return list(accumulate(self._count(said, key) for said, key in pairs))
 
     def _count(self, said: Utterance, key: bytes) -> int:
         """Return the number of memory vectors of an utterance, whose digest is `key`."""

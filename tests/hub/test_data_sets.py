@@ -412,7 +412,7 @@ def test_models_and_stages_load_from_the_hub_and_generate(hub, house, clip, tmp_
     # the pushed files
     code = {name for name in os.listdir(house / "base") if name.endswith("_empathic.py")}
     common = {*PROCESSOR_FILES, "config.json", "generation_config.json", *code}
-    assert len(code) == 9
+    assert len(code) == 10
     assert set(hub.files(ids["base"])) == common | {"model.safetensors"}
     assert set(hub.files(ids["one"])) == common | {STAGE_FILE, PARTS_FILE}
     assert set(hub.files(ids["two"])) == common | {STAGE_FILE, "adapter_config.json", "adapter_model.safetensors"}

@@ -108,7 +108,7 @@ def test_stages_are_pushed_as_they_train_and_load_elsewhere(hub, parts, data, cl
     assert json.loads(there["last-checkpoint/trainer_state.json"])["global_step"] == 2
     code = {name for name in there if re.fullmatch(r"\w+_empathic\.py", name)}
     model = {name: content for name, content in there.items() if "last-checkpoint" not in name}
-    assert set(model) == COMMON | code | {PARTS_FILE} and len(code) == 9
+    assert set(model) == COMMON | code | {PARTS_FILE} and len(code) == 10
     push_model(tmp_path / "emotion", "me/again")
     again = hub.files("me/again")
     again["README.md"] = ModelCard(again["README.md"].decode().replace("me/again", "me/emotion")).text.encode()
