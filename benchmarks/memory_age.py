@@ -20,6 +20,7 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -105,7 +106,7 @@ def reply_in(way: str, model, processor, messages: list[dict], turn: dict, budge
     """Reply to a turn after messages, with the memory of one of `WAYS`."""
     text = message_text(turn)
     if way != "merged":
-        options = {} if way == "no limit" else {"max_memories": budget}
+        options: dict[str, Any] = {} if way == "no limit" else {"max_memories": budget}
         session = ChatSession(model, processor, recall=recall if way == "recalled" else 0, **options)
         session.remember(*messages)
         return session.reply(text, do_sample=False, max_new_tokens=32)

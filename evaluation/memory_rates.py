@@ -88,14 +88,14 @@ def rate_rows(
     rows = []
     for part in [order, *(parts if groups > 1 else [])]:
         vectors, tokens = (sum(sizes[place][i] for place in part) for i in (0, 1))
-        texts = [[row[place] for place in part] for row in (answers, expected)]
+        there, wanted = ([row[place] for place in part] for row in (answers, expected))
         rows.append(
             {
                 "vectors_per_token": vectors / tokens,
                 "vectors": vectors / len(part),
                 "tokens": tokens / len(part),
                 "utterances": len(part),
-                **rate_scores(*texts, content_words, names),
+                **rate_scores(there, wanted, content_words, names),
             }
         )
     return rows
