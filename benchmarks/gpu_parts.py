@@ -92,7 +92,7 @@ def gpu_tests(settings: Settings) -> dict:
     suite = ElementTree.parse(report).getroot().find("testsuite")
     if suite is None:
         return {"problems": [f"{report} has no test suite"]}
-    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+    counts = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
     failed = [case.get("name") for case in suite.iter("testcase") if case.find("failure") or case.find("error")]
     failed = failed or ["some"] * bool(counts["failures"] + counts["errors"])
     return {

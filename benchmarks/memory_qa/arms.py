@@ -16,12 +16,13 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ...chat import ChatSession, Keys
+from ...chat import ChatSession, Keys, TurnCost
 from ...compat_empathic import CACHE
 from ...sampling import plain_decoding
 from ...thoughts import WrittenDecoder
@@ -272,7 +273,7 @@ class Arms:
         in_memory = self.said[len(self.said) - session.remembered :]
         held = sum(tensor.nbytes for tensor in session.state.state_dict().values()) + session.vectors.nbytes
         text = session.reply(question, do_sample=False, max_new_tokens=self.settings.max_new_tokens)
-        cost = session.last_turn
+        cost = cast(TurnCost, session.last_turn)  # set by the reply
         positions = cost.new_positions + cost.reused_positions
         held += positions * self._bytes_per_position()
         recalled = [self.said[place] for place in cost.recalled]
