@@ -17,9 +17,10 @@ import random
 import statistics
 import time
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from transformers import CLIPImageProcessorPil, DynamicCache, WhisperFeatureExtractor
+from transformers import CLIPImageProcessorPil, DynamicCache, PreTrainedConfig, WhisperFeatureExtractor
 
 from ..configuration_empathic import MEM_TOKEN
 from ..processing_empathic import EmpathicProcessor
@@ -43,11 +44,13 @@ def preset_parts(preset: str, dtype: torch.dtype, device: str, memory_tokens: in
     tokenizer, memory_tokenizer = build_text_tokenizer(prompt_texts()), build_memory_tokenizer(prompt_texts())
     memory_tokenizer.add_special_tokens({"additional_special_tokens": [MEM_TOKEN]})
     config = preset_config(preset)
-    size = config.vision_config.image_size
-    windows = config.audio_config.max_source_positions / 50  # seconds
+    vision, audio = cast(PreTrainedConfig, config.vision_config), cast(PreTrainedConfig, config.audio_config)
+    text, memory = cast(PreTrainedConfig, config.text_config), cast(PreTrainedConfig, config.memory_config)
+    size = vision.image_size
+    windows = audio.max_source_positions / 50  # seconds
     processor = EmpathicProcessor(
         CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size}),
-        WhisperFeatureExtractor(feature_size=config.audio_config.num_mel_bins, chunk_length=int(windows)),
+        WhisperFeatureExtractor(feature_size=audio.num_mel_bins, chunk_length=int(windows)),
         tokenizer,
         memory_tokenizer,
         num_query_tokens=QUERIES,
@@ -57,9 +60,9 @@ def preset_parts(preset: str, dtype: torch.dtype, device: str, memory_tokens: in
     )
     config.memory_tokens, config.memory_rate = memory_tokens, memory_rate
     config.num_query_tokens = QUERIES
-    config.text_config.vocab_size = max(config.text_config.vocab_size, len(tokenizer))
-    config.memory_config.vocab_size = max(config.memory_config.vocab_size, len(memory_tokenizer))
-    config.text_config.eos_token_id = tokenizer.eos_token_id
+    text.vocab_size = max(text.vocab_size, len(tokenizer))
+    memory.vocab_size = max(memory.vocab_size, len(memory_tokenizer))
+    text.eos_token_id = tokenizer.eos_token_id
     config.mem_token_id = processor.mem_token_id
     for kind in ("video", "audio", "memory"):
         token = {"video": processor.video_token, "audio": processor.audio_token, "memory": processor.memory_token}[kind]

@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,12 +28,17 @@ MINUTES = 10.0
 NEEDED = 20.0  # seconds that must be left to start a part
 
 
+def _summary(part: Callable) -> str:
+    """Return the first line of a part's docstring."""
+    return (part.__doc__ or "").splitlines()[0]
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse and check the options."""
     parser = argparse.ArgumentParser(
         prog="python -m empathic.benchmarks.gpu_check",
         description="Check and measure on one GPU what a CPU cannot show.",
-        epilog="parts:\n" + "\n".join(f"  {name:12} {part.__doc__.splitlines()[0]}" for name, part in PARTS.items()),
+        epilog="parts:\n" + "\n".join(f"  {name:12} {_summary(part)}" for name, part in PARTS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output", type=Path, default=Path("runs/gpu_check"), help="folder to write (%(default)s)")
@@ -146,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name}: not run, because only {left:.0f} s are left", flush=True)
             continue
         else:
-            print(f"{name}: {PARTS[name].__doc__.splitlines()[0]} ({left:.0f} s left)", flush=True)
+            print(f"{name}: {_summary(PARTS[name])} ({left:.0f} s left)", flush=True)
             record = run_in_process(name, settings, left)
         results["parts"][name] = record
         write_json(options.output / "gpu_check.json", results)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import torch
@@ -89,7 +90,9 @@ def gpu_tests(settings: Settings) -> dict:
         tail = (done.stdout + done.stderr).strip().splitlines()[-1:]
         return {"problems": [f"pytest did not run: {' '.join(tail)}"]}
     suite = ElementTree.parse(report).getroot().find("testsuite")
-    counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
+    if suite is None:
+        return {"problems": [f"{report} has no test suite"]}
+    counts = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
     failed = [case.get("name") for case in suite.iter("testcase") if case.find("failure") or case.find("error")]
     failed = failed or ["some"] * bool(counts["failures"] + counts["errors"])
     return {
@@ -105,7 +108,7 @@ def _encoder(kind: str, settings: Settings) -> MambaCompressor:
     if kind == "mamba":
         config = MambaConfig(vocab_size=MEM, hidden_size=width, num_hidden_layers=layers, state_size=16)
     else:
-        heads = {"num_heads": 2 * width // 64 or 1, "head_dim": 64 if width > 32 else 2 * width}
+        heads: dict[str, Any] = {"num_heads": 2 * width // 64 or 1, "head_dim": 64 if width > 32 else 2 * width}
         config = Mamba2Config(vocab_size=MEM, hidden_size=width, num_hidden_layers=layers, n_groups=1, **heads)
     torch.manual_seed(0)
     model = MambaCompressor(config, width, MEM, projector_scale=1.0)

@@ -7,9 +7,11 @@ constants that were derived from the layers' code and checked against the live t
 """
 
 from dataclasses import asdict, dataclass, replace
+from typing import cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from ..trainers.packing.log_probabilities import CHUNK_BYTES
 from .shapes import Shapes
@@ -87,7 +89,7 @@ def layer_bytes(model: nn.Module, width: int) -> tuple[float, float]:
         model: the model, prepared for its stage.
         width: bytes of an activation: 2 under bf16 autocast, 4 in fp32.
     """
-    config = model.config.text_config
+    config = cast(PreTrainedConfig, model.config).text_config
     hidden, inner = config.hidden_size, config.intermediate_size
     # Saved: by two norms their fp32 inputs; by attention its query, key, value (repeated for the query heads) and
     # output; by the gated MLP its gate, the gate's activation and the other factor. Frozen linear layers save nothing.
@@ -128,7 +130,7 @@ def plan(
         width: bytes of an activation: 2 under bf16 autocast, 4 in fp32.
         device: `cuda` or `cpu`; the memory encoder's scan uses larger blocks on a GPU.
     """
-    config = model.config
+    config = cast(PreTrainedConfig, model.config)
     text, mamba = config.text_config, config.memory_config
     positions, tokens = shapes.positions(stage), shapes.batch_size * shapes.memory_length
     gradients, optimizer = trained_bytes(model)

@@ -115,7 +115,7 @@ class Comparison:
 
 
 def mean_interval(
-    scores: Sequence[float],
+    scores: Sequence[float] | np.ndarray,
     conversations: Sequence[Hashable] | None = None,
     draws: Draws = MANY,
 ) -> Interval:
@@ -165,8 +165,8 @@ def metric_interval(
 
 
 def compare_means(
-    a: Sequence[float],
-    b: Sequence[float],
+    a: Sequence[float] | np.ndarray,
+    b: Sequence[float] | np.ndarray,
     conversations: Sequence[Hashable] | None = None,
     draws: Draws = MANY,
 ) -> Comparison:
@@ -269,7 +269,7 @@ def add_adjusted(comparisons: Sequence[dict]) -> None:
 # --------------------------------------------------------------------------------------------------------------- checks
 
 
-def _check_scores(scores: Sequence[float], name: str) -> np.ndarray:
+def _check_scores(scores: Sequence[float] | np.ndarray, name: str) -> np.ndarray:
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 1:
         raise ValueError(f"{name} has the shape {values.shape}; give one number per reply.")
@@ -357,7 +357,8 @@ def _bca_ends(value, values, statistic, number, ends) -> tuple[float, float]:
     acceleration = (apart**3).sum() / (6 * spread) if spread > 0 else 0.0
     bias = _NORMAL.inv_cdf(below)
     shifted = [bias + _NORMAL.inv_cdf(end) for end in ends]
-    return tuple(_NORMAL.cdf(bias + shift / (1 - acceleration * shift)) for shift in shifted)
+    low, high = (_NORMAL.cdf(bias + shift / (1 - acceleration * shift)) for shift in shifted)
+    return low, high
 
 
 def _permutation_test(differences, number: int, draws: Draws) -> tuple[float, int, bool]:

@@ -1,6 +1,7 @@
 """Train on the Hub's machines: a stage as a job of the Hub, its data and its results there."""
 
 import shlex
+from collections.abc import Sequence
 from importlib.metadata import version
 
 from huggingface_hub import HfApi, get_token
@@ -33,8 +34,8 @@ def submit_training(
     *,
     package: str | None = None,
     timeout: str = TIMEOUT,
-    datasets: list[str] = (),
-    models: list[str] = (),
+    datasets: Sequence[str] = (),
+    models: Sequence[str] = (),
     token: str | None = None,
 ):
     """

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import datasets
 import torch
@@ -164,8 +165,8 @@ class PreferenceCollator:
     ):
         self.media_draws, self.cache = MediaDraws(frame_draws), cache
         self.is_multimodal = isinstance(processing_class, ProcessorMixin)
-        self.processor = processing_class if self.is_multimodal else None
-        self.tokenizer = processing_class.tokenizer if self.is_multimodal else processing_class
+        self.processor: Any = processing_class if self.is_multimodal else None  # methods of EmpathicProcessor
+        self.tokenizer: Any = processing_class.tokenizer if self.is_multimodal else processing_class
         self.max_length = max_length
         self.history = history
         self.negatives = negatives

@@ -25,6 +25,8 @@ EXAMPLES = 12  # of each kind on the page
 UNLABELED = "none"
 TRUE = (*EMOTIONS, UNLABELED)
 
+Example = tuple[dict, Sequence[dict], Sequence[int]]  # sample, candidates, indices of the rejected candidates
+
 
 @dataclass
 class Audit:
@@ -176,9 +178,10 @@ class Audit:
             "emotions": {emotion: self.replies_by_emotion[emotion] for emotion in self.emotions},
         }
 
-    def examples(self) -> tuple[list[tuple], list[tuple]]:
-        """(sample, candidates, indices of the rejected candidates) of some pairs and of the nearest misses."""
-        return tuple([kept[-1] for kept in sorted(heap, reverse=True)] for heap in (self._examples, self._misses))
+    def examples(self) -> tuple[list[Example], list[Example]]:
+        """Some pairs, and the nearest misses."""
+        pairs, misses = ([kept[-1] for kept in sorted(heap, reverse=True)] for heap in (self._examples, self._misses))
+        return pairs, misses
 
 
 def _bin(value: float) -> int:

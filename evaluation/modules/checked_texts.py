@@ -1,6 +1,7 @@
 """What every metric asks of its texts: lists of strings, as many predictions as references, none of them empty."""
 
 from collections.abc import Sequence
+from typing import Any
 
 
 def _check_text(text, place: str, allow_empty: bool) -> None:
@@ -88,7 +89,7 @@ class CheckedRows:
 
     several_references = True
 
-    def add_batch(self, *, predictions=None, references=None, **kwargs):
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs):
         """Adds rows. A row that is no string is a ValueError that names it."""
         first, names = len(self), self._feature_names()
         check_texts(predictions, "predictions", allow_empty=True, first_row=first)

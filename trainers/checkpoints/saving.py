@@ -5,6 +5,7 @@ import os
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import save_fsdp_optimizer
@@ -32,6 +33,11 @@ from ...hub.model_card import kept_card, quality, read_record, write_card, write
 from ..stopping import keep_workers
 from .pushing import StagePusher
 from .stage_folder import UNFINISHED, StageRecord
+
+if TYPE_CHECKING:  # the mixin's methods use those of the Trainer that it is mixed into
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
 
 logger = logging.get_logger(__name__)
 
@@ -186,7 +192,7 @@ def remove_unfinished(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-class StageSaving:
+class StageSaving(_Trainer):
     """A mixin for `PackedTrainer` that saves and resumes the trained tensors of a stage instead of the whole model."""
 
     stage_record: StageRecord
