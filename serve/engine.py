@@ -173,8 +173,8 @@ class Engine:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a reply waits or is generated, or a turn is read into the memory."""
-        return bool(self._waiting or self._tasks or self._replies)
+        """Whether a reply waits, begins or is generated, or a turn is read into the memory."""
+        return bool(self._waiting or self._beginning or self._tasks or self._replies)
 
     @property
     def _running(self) -> int:
