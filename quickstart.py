@@ -36,7 +36,7 @@ from .evaluation.reconstruction import reconstruction_row
 from .evaluation.report.build import write_report
 from .evaluation.scores import Scoring
 from .evaluation.tables import reply_row, reward_row, table, with_interval
-from .files import held_folder, write_json
+from .files import fingerprint, held_folder, write_json
 from .hub.model_card import read_record, write_card, write_record
 from .processes import end_with_launcher, launch
 from .processing_empathic import EmpathicProcessor
@@ -439,6 +439,24 @@ def report(results: dict, replies: dict[str, list[str]], samples: list[dict]) ->
     return "\n\n".join(parts)
 
 
+def check_code(root: Path) -> None:
+    """
+    Record what decides the results: this module, the tiny preset and its recipes.
+
+    Raises:
+        ValueError: if `root` has steps of a run with other contents, whose results would be mixed with new ones.
+    """
+    here = Path(__file__).parent
+    sources = [Path(__file__), *sorted((here / "tiny").glob("*.py")), *sorted(RECIPES.glob("*.yaml"))]
+    code, file = fingerprint([source.read_text(encoding="utf-8") for source in sources]), root / "code.json"
+    if (root / "steps.json").exists() and (not file.exists() or json.loads(file.read_text(encoding="utf-8")) != code):
+        raise ValueError(
+            f"{root} has steps of a quickstart with other code or recipes, whose results would be mixed with those of "
+            "this one. Choose another --output, or delete the folder."
+        )
+    write_json(file, code)
+
+
 def quickstart(output: str = "runs/quickstart") -> dict:
     """
     Train and evaluate everything; write `model/` (a whole checkpoint), `results.json` and `report.html`.
@@ -452,6 +470,7 @@ def quickstart(output: str = "runs/quickstart") -> dict:
 
 def _quickstart(root: Path) -> dict:
     os.environ["OMP_NUM_THREADS"] = "1"  # for the second process
+    check_code(root)
     steps = Steps(root)
     steps.run("corpus", write_recordings, root)
     steps.together(

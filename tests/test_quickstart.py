@@ -3,6 +3,7 @@
 import json
 import operator
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,6 +105,22 @@ def test_two_processes_train_as_one(base_folder, recordings, tmp_path, monkeypat
     assert losses["train_stage_together"] == pytest.approx(losses["train_stage"], rel=1e-3)
     record = json.loads((tmp_path / "train_stage_together" / "empathic_runs.json").read_text())["runs"][-1]
     assert (record["processes"], record["samples_per_step"]) == (2, 4)
+
+
+def test_steps_of_other_code_are_not_mixed_with_new_ones(tmp_path, monkeypatch):
+    q.check_code(tmp_path)
+    (tmp_path / "steps.json").write_text("{}")
+    q.check_code(tmp_path)  # the same code goes on
+    recipes = tmp_path / "recipes"
+    shutil.copytree(q.RECIPES, recipes)
+    monkeypatch.setattr(q, "RECIPES", recipes)
+    q.check_code(tmp_path)
+    (recipes / "epo.yaml").write_text("max_steps: 7\n")
+    with pytest.raises(ValueError, match=r"other code or recipes.*Choose another --output"):
+        q.check_code(tmp_path)
+    (tmp_path / "code.json").unlink()  # as left by versions without this check
+    with pytest.raises(ValueError, match="other code or recipes"):
+        q.check_code(tmp_path)
 
 
 @pytest.mark.slow
