@@ -112,8 +112,8 @@ def _open_file(source: Source, name: str) -> BinaryIO:
     try:
         return open(existing_path(source), "rb")
     except FileNotFoundError:
-        mend = "Download it first and give the local path" if "://" in name else "Check the path"
-        raise MediaError(f"{name}: there is no such file. {mend}.") from None
+        remedy = "Download it first and give the local path" if "://" in name else "Check the path"
+        raise MediaError(f"{name}: there is no such file. {remedy}.") from None
     except IsADirectoryError:
         raise MediaError(f"{name}: is a folder, not a media file. Give the path of one file in it.") from None
     except (OSError, ValueError) as error:
@@ -209,8 +209,8 @@ def _check_codecs(container, name: str) -> None:
     """Raise a MediaError if there are video streams or audio streams, but no decoder for any of them."""
     for streams, what in ((_pictures(container), "picture"), (container.streams.audio, "sound")):
         if streams and all(s.codec_context is None for s in streams):
-            mend = "Convert it, for example to mp4 (H.264, AAC) or wav."
-            raise MediaError(f"{name}: its {what} is in a format that this FFmpeg has no decoder for. {mend}")
+            remedy = "Convert it, for example to mp4 (H.264, AAC) or wav."
+            raise MediaError(f"{name}: its {what} is in a format that this FFmpeg has no decoder for. {remedy}")
 
 
 def probe(source: Source, decode: bool = False) -> MediaInfo:

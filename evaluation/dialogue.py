@@ -30,7 +30,7 @@ from .results import held_table, versions, write_results
 from .scores import METRICS, Scoring, score_replies
 from .statistics_of_replies import ADJUSTED
 from .systems.open import SYSTEM_KINDS, open_system, read_spec
-from .tables import table, with_interval
+from .tables import reply_warnings, table, with_interval
 
 PATIENCE = timedelta(days=30)  # timeout of the process group: processes wait for the slowest process
 SIGNIFICANT = 0.05
@@ -316,13 +316,7 @@ def show(results: dict) -> str:
                 lines.append(
                     f"WARNING: {name} was trained with {option} {value} but evaluated with {option} {shown[option]}."
                 )
-        if system["empty"]:
-            lines.append(f"WARNING: {system['empty']} replies of {name} are empty; they score 0.")
-        if system["notes"]:
-            found = system["notes"][0]
-            lines.append(
-                f"WARNING: {len(system['notes'])} replies of {name} have a note, such as {found['id']}: {found['note']}"
-            )
+        lines += reply_warnings(name, system, "they score 0")
     if results["left_out"]:
         found = results["left_out"][0]
         lines.append(

@@ -1,5 +1,6 @@
 """Plain text tables, and the rows of the quickstart: replies and rewards (Table 2)."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..trainers.epo_config import EPOConfig
@@ -58,3 +59,23 @@ def reward_row(model, processor, pairs, output_dir: str | Path, batch_size: int 
     """
     metrics = preference_metrics(model, processor, pairs, output_dir, batch_size)
     return {"reward_accuracy": metrics["eval_rewards/accuracies"], "margin": metrics["eval_rewards/margins"]}
+
+
+def reply_warnings(name: str, system: Mapping, effect: str) -> list[str]:
+    """
+    What a reader of a table must know about a system's empty replies and notes.
+
+    Args:
+        name: the system's name.
+        system: its results, with `empty` (a number) and `notes`.
+        effect: what an empty reply means for the scores.
+    """
+    lines = []
+    if system["empty"]:
+        lines.append(f"WARNING: {system['empty']} replies of {name} are empty; {effect}.")
+    if system["notes"]:
+        found = system["notes"][0]
+        lines.append(
+            f"WARNING: {len(system['notes'])} replies of {name} have a note, such as {found['id']}: {found['note']}"
+        )
+    return lines

@@ -123,10 +123,10 @@ def _clips(batch: pa.RecordBatch, kind: str) -> list[pa.StructArray]:
 
 
 def _local_media(path: Path, clip: str, kind: str) -> str:
-    mend = "Prepare it again with --embed"
+    remedy = "Prepare it again with --embed"
     if kind == "pairs":
-        mend = "Prepare the corpus again with --embed, and make the pairs from it"
-    return f"{path}: refers to local files, such as {clip}, which are not on the Hub. {mend}."
+        remedy = "Prepare the corpus again with --embed, and make the pairs from it"
+    return f"{path}: refers to local files, such as {clip}, which are not on the Hub. {remedy}."
 
 
 def about(corpus: str):

@@ -390,8 +390,10 @@ def load_splits(
         if split is None:
             missing.append(f"{name} has no split {' or '.join(wanted)}; its splits are {', '.join(splits)}.")
     if missing and (not optional or len(missing) == len(names)):
-        mend = "Name a split with --eval_split, or turn evaluation off." if optional else f"Name a split with {option}."
-        raise ValueError(" ".join([*missing, mend]))
+        remedy = (
+            "Name a split with --eval_split, or turn evaluation off." if optional else f"Name a split with {option}."
+        )
+        raise ValueError(" ".join([*missing, remedy]))
     for line in missing:
         logger.warning("left out of evaluation: %s", line)
     return found

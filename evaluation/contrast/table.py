@@ -32,7 +32,7 @@ from ..saved_clips import FOLDER, digest_of, order_of, save_clip
 from ..statistics_of_replies import ADJUSTED, Draws, add_adjusted
 from ..systems.open import open_system, read_spec
 from ..systems.ours import EmpathicSystem
-from ..tables import table, with_interval
+from ..tables import reply_warnings, table, with_interval
 from .appropriateness import Appropriateness, read_appropriateness
 from .conditions import CONDITIONS, FULL, Blanks
 from .inputs import ContrastInputs
@@ -423,13 +423,7 @@ def warnings(results: Mapping) -> list[str]:
     """What a reader of the table must know about empty replies and clips that could not be read."""
     lines = []
     for name, system in results["systems"].items():
-        if system["empty"]:
-            lines.append(f"WARNING: {system['empty']} replies of {name} are empty; they fit nothing.")
-        if system["notes"]:
-            found = system["notes"][0]
-            lines.append(
-                f"WARNING: {len(system['notes'])} replies of {name} have a note, such as {found['id']}: {found['note']}"
-            )
+        lines += reply_warnings(name, system, "they fit nothing")
     if results["blanks_missing"]:
         name, reason = next(iter(results["blanks_missing"].items()))
         lines.append(

@@ -406,17 +406,17 @@ class StageSaving(_Trainer):
                 f"{checkpoint} was saved with --save_only_model, without the optimizer state, so it cannot be resumed. "
                 "To start from its weights, pass it as --model_name_or_path."
             )
-        mends = {
+        remedies = {
             "strategy": "one strategy cannot read the optimizer state of the other",
             "samples_per_step": "change --per_device_train_batch_size or --gradient_accumulation_steps until the "
             "numbers agree, otherwise samples would be skipped or repeated",
             "seed": "other samples would be drawn",
         }
         if then["strategy"].startswith("zero"):
-            mends["world_size"] = "DeepSpeed needs as many processes to read the optimizer state as wrote it"
+            remedies["world_size"] = "DeepSpeed needs as many processes to read the optimizer state as wrote it"
         problems = [
-            f"{name} was {then[name]} and now is {now[name]} ({mend})"
-            for name, mend in mends.items()
+            f"{name} was {then[name]} and now is {now[name]} ({remedy})"
+            for name, remedy in remedies.items()
             if then[name] != now[name]
         ]
         old = base_names(record["base"], checkpoint, record.get("base_revision"))
