@@ -30,6 +30,7 @@ from .media_empathic import load_audio, load_video, media_item
 
 TASKS = ("dialogue", "emotion", "memory", "counter")
 ROLES = ("system", "user", "assistant")
+MODALITIES = ("video", "audio", "memory")
 
 _MARKER = re.compile("\ue000(\\d+)\ue001")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair (a cut emoji), which tokenizers reject
@@ -491,7 +492,7 @@ class EmpathicProcessor(ProcessorMixin):
         self,
         samples: list[dict],
         padding_side: str = "left",
-        all_modalities: bool = False,
+        all_modalities: bool | Sequence[str] = False,
         feature_sizes: dict[str, tuple[int, ...]] | None = None,
     ) -> BatchFeature:
         """
@@ -500,8 +501,9 @@ class EmpathicProcessor(ProcessorMixin):
         Args:
             samples: dicts returned by `prepare`.
             padding_side (`str`): padding side of the text: `left` for generation, `right` for training.
-            all_modalities (`bool`): give absent modalities as zeros with a zero mask instead of leaving them out. Used
-                in training: all processes of a sharded model must run the same modules.
+            all_modalities (`bool` or names): give absent modalities as zeros with a zero mask instead of leaving them
+                out; or only those of the names `video`, `audio` and `memory`. Used in training: all processes of a
+                sharded model must run the same modules.
             feature_sizes (`dict`): given if clips come as cached features in every batch: the sizes of the zeros for
                 absent clips, `video` (patches, width) and `audio` (width,).
 
@@ -524,6 +526,7 @@ class EmpathicProcessor(ProcessorMixin):
         if "labels" in samples[0]:
             data["labels"] = _pad([sample["labels"] for sample in samples], -100, padding_side)
         videos, sounds = [s["video"] for s in samples], [s["audio"] for s in samples]
+        always = MODALITIES if all_modalities is True else all_modalities or ()
         features = {}
         for kind, clips in (("video", videos), ("audio", sounds)):
             cached = [sample.get(f"{kind}_encoder_states") for sample in samples]
@@ -533,24 +536,24 @@ class EmpathicProcessor(ProcessorMixin):
                 features[kind] = cached
         sizes = feature_sizes or {}
         if "video" in features:
-            if all_modalities or any(row is not None for row in features["video"]):
+            if "video" in always or any(row is not None for row in features["video"]):
                 data["video_encoder_states"], data["video_mask"] = _stack_features(
                     features["video"], sizes.get("video"), self.num_frames
                 )
-        elif all_modalities or any(v is not None for v in videos):
+        elif "video" in always or any(v is not None for v in videos):
             shape = (self.num_frames, 3, *self._frame_size())
             data["pixel_values_videos"], data["video_mask"] = _stack_media(videos, shape, self.num_frames, 0)
         if "audio" in features:
-            if all_modalities or any(row is not None for row in features["audio"]):
+            if "audio" in always or any(row is not None for row in features["audio"]):
                 data["audio_encoder_states"], data["audio_encoder_mask"] = _stack_features(
                     features["audio"], sizes.get("audio"), 1
                 )
-        elif all_modalities or any(a is not None for a in sounds):
+        elif "audio" in always or any(a is not None for a in sounds):
             time = max([a[0].shape[1] for a in sounds if a is not None], default=self.feature_extractor.nb_max_frames)
             shape = (self.feature_extractor.feature_size, time)
             data["input_features"], data["input_features_mask"] = _stack_media(sounds, shape, time, 1)
         memories = [sample["memory_input_ids"] for sample in samples]
-        if all_modalities or any(memories):
+        if "memory" in always or any(memories):
             pad_id = self.memory_tokenizer.eos_token_id or 0
             data["memory_input_ids"] = _pad(memories, pad_id, "right")
             data["memory_attention_mask"] = _pad([[1] * len(row) for row in memories], 0, "right")

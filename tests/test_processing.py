@@ -421,6 +421,9 @@ def test_absent_modalities_as_zeros_under_a_zero_mask(processor):
     }
     assert not any(batch[key].any() for key in ("video_mask", "input_features_mask", "memory_attention_mask"))
     assert not batch["pixel_values_videos"].any() and not batch["input_features"].any()
+    assert set(processor.pad(samples, all_modalities=["memory"])) == {
+        *("input_ids", "attention_mask", "memory_input_ids", "memory_attention_mask")
+    }
     batch = processor.pad([processor.prepare(mixed(1, 1, 1)), samples[0]], all_modalities=True)
     assert batch["memory_attention_mask"].sum(1)[1] == 0 and batch["memory_attention_mask"].sum(1)[0] > 3
     assert batch["video_mask"].tolist() == [[1, 1], [0, 0]]

@@ -14,8 +14,10 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from ..data_prep.clip_digests import MEDIA_KINDS
 from ..data_prep.loading import NEGATIVES, PAIR_COLUMNS
 from ..data_prep.messages import clip_of
+from ..processing_empathic import MODALITIES
 from .clip_negatives import ClipNegatives, with_clips
 from .frozen.feature_cache import FeatureCache, FeatureCacheError, MediaDraws
 from .frozen.outputs import no_entry, stack_entries
@@ -152,6 +154,8 @@ class PreferenceCollator:
             new random frames each time.
         cache: gives the features of the encoders in place of the clips, and the frame draws.
         negatives: the largest number of rejected replies of a row; 1: only the column `rejected`; None: no limit.
+        clips: whether any prompt of the run may have a clip. If so, each batch has clips, of zeros where it has none,
+            so that every rank runs the encoders.
     """
 
     def __init__(
@@ -162,7 +166,9 @@ class PreferenceCollator:
         frame_draws: int | None = None,
         cache: FeatureCache | None = None,
         negatives: int | None = 1,
+        clips: bool = True,
     ):
+        self.modalities = MODALITIES if clips else ("memory",)
         self.media_draws, self.cache = MediaDraws(frame_draws), cache
         self.is_multimodal = isinstance(processing_class, ProcessorMixin)
         self.processor: Any = processing_class if self.is_multimodal else None  # methods of EmpathicProcessor
@@ -213,7 +219,7 @@ class PreferenceCollator:
             frozen = stack_entries(prompts)
         elif self.is_multimodal:
             sizes = None if self.cache is None else self.cache.sizes
-            shared = self.processor.pad(prompts, all_modalities=True, feature_sizes=sizes)
+            shared = self.processor.pad(prompts, all_modalities=self.modalities, feature_sizes=sizes)
         shared = {key: value for key, value in shared.items() if key not in ("input_ids", "attention_mask")}
         further = {}
         if self.negatives != 1:
@@ -441,6 +447,13 @@ def check_row(row: dict, row_id: int, name: str = "rejected") -> None:
         roles = [message.get("role") if isinstance(message, dict) else message for message in row[column]]
         if roles != ["assistant"]:
             raise ValueError(f"Row {row_id}: {names[column]} must be one assistant message, got the roles {roles}.")
+
+
+def shows_clip(prompt: str | list) -> bool:
+    """Whether a prompt has a clip. Messages that are not valid have none; the collator reports them."""
+    messages = [message for message in prompt if isinstance(message, dict)] if isinstance(prompt, list) else []
+    items = [item for message in messages if isinstance(message.get("content"), list) for item in message["content"]]
+    return any(isinstance(item, dict) and item.get("type") in MEDIA_KINDS for item in items)
 
 
 def _template_options(row: dict) -> dict:

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..data_prep.messages import clip_message, sample_id, shows_something
 from ..media_empathic import MediaError
+from ..processing_empathic import MODALITIES
 from .frozen.feature_cache import FeatureCache, MediaDraws
 from .frozen.outputs import no_entry, stack_entries
 from .losses import IGNORE_INDEX
@@ -171,6 +172,8 @@ class StageCollator:
             None: new random frames each time.
         cache: gives the features of the encoders in place of the clips, and the frame draws.
         max_length: longest prompt + target in tokens of the language model; None for no limit.
+        clips: whether any sample of the run may have a clip. If so, each batch has clips, of zeros where it has none,
+            so that every rank runs the encoders.
     """
 
     def __init__(
@@ -179,8 +182,10 @@ class StageCollator:
         frame_draws: int | None = None,
         cache: FeatureCache | None = None,
         max_length: int | None = None,
+        clips: bool = True,
     ):
         self.processor, self.cache, self.max_length = processor, cache, max_length
+        self.modalities = MODALITIES if clips else ("memory",)
         self.media_draws = MediaDraws(frame_draws)
         self._reported: set[str] = set()
 
@@ -253,7 +258,7 @@ class StageCollator:
         if not prepared:
             prepared, entries = [self._no_sample()], [no_entry([])]
         sizes = None if self.cache is None else self.cache.sizes
-        batch = self.processor.pad(prepared, padding_side="right", all_modalities=True, feature_sizes=sizes)
+        batch = self.processor.pad(prepared, padding_side="right", all_modalities=self.modalities, feature_sizes=sizes)
         if "frozen" in samples[0]:  # no clip of any batch is encoded, on any rank
             clips = ("video", "pixel_values_videos", "audio", "input_features")
             batch = {key: value for key, value in batch.items() if not key.startswith(clips)}

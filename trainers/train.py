@@ -10,6 +10,7 @@ import difflib
 import os
 import re
 import sys
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -33,8 +34,9 @@ from ..composition_empathic import (
     resolve_base,
 )
 from ..configuration_empathic import AUDIO_WINDOWS, MEMORY_SIZE, check_memory_size
+from ..data_prep.clip_digests import MEDIA_KINDS
 from ..data_prep.loading import PAIR_COLUMNS, TURN_COLUMNS, load_prepared, negatives_limit
-from ..data_prep.views import Conversations, DialogueSamples, EmotionClips, Utterances, check_splits
+from ..data_prep.views import Conversations, DialogueSamples, EmotionClips, Utterances, check_splits, is_there
 from ..errors import run_program
 from ..files import held_folder, packaged
 from ..hub.model_card import new_run, read_record
@@ -50,7 +52,7 @@ from .frozen.feature_cache import FeatureCache, describe
 from .frozen.standardize import measure_standardizers
 from .monitor import Monitor
 from .options import LORA_OPTIONS, OptionParser, check_model_options, check_unset, revision_of
-from .preference_collator import PreferenceCollator
+from .preference_collator import PreferenceCollator, shows_clip
 from .quantization import check_not_sharded, load_quantized_model, quantization_config, quantize_language_model
 from .samples import SampleStream, StageCollator, dialogue_sample, draw_utterances, emotion_sample, rebuild_sample
 from .stage_trainer import StageTrainer
@@ -468,9 +470,19 @@ def supervised_data(script, args) -> tuple[SampleStream, SampleStream | None]:
     return train, evaluation
 
 
+def may_have_clips(script: ScriptArguments, args: StageConfig, data: Sequence[SampleStream | None]) -> bool:
+    """Whether a run of a stage before EPO may meet a clip, or trains the encoders' Q-formers."""
+    if script.stage in MEMORY_STAGES or (script.stage == "dialogue" and not args.use_media):
+        return False
+    views = [view for stream in data if stream is not None for _, view, _ in stream.sources]
+    tables = [view.dataset for view in views if isinstance(view, DialogueSamples)]
+    return script.stage == "emotion" or any(is_there(table, kind).any() for table in tables for kind in MEDIA_KINDS)
+
+
 def supervised_trainer(script, args, data, model, processor) -> SupervisedRun:
     """Build the trainer of a stage before EPO."""
     train, evaluation = data
+    clips = may_have_clips(script, args, data)
     return SupervisedRun(
         model=model,
         args=args,
@@ -478,7 +490,7 @@ def supervised_trainer(script, args, data, model, processor) -> SupervisedRun:
         eval_dataset=evaluation,
         processing_class=processor,
         data_collator=StageCollator(
-            processor, script.frame_draws, open_cache(script, model, processor), args.max_length
+            processor, script.frame_draws, open_cache(script, model, processor), args.max_length, clips
         ),
     )
 
@@ -501,8 +513,11 @@ def epo_trainer(script, args, data, model, processor) -> EPORun:
     """Build the trainer of stage `epo`, on preference rows."""
     train, evaluation = data
     cache = open_cache(script, model, processor)
-    negatives = negatives_limit(args.negatives)
-    collator = PreferenceCollator(processor, args.max_length, args.history, script.frame_draws, cache, negatives)
+    prompts = (row["prompt"] for rows in data if rows is not None for row in rows.select_columns("prompt"))
+    collator = PreferenceCollator(
+        *(processor, args.max_length, args.history, script.frame_draws, cache, negatives_limit(args.negatives)),
+        clips=any(shows_clip(prompt) for prompt in prompts),
+    )
     return EPORun(
         model=model,
         args=args,

@@ -14,6 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from empathic import modeling_empathic
 from empathic.cli import main as cli
 from empathic.composition_empathic import read_stage, resolve_base
 from empathic.data_prep.corpora.folder import prepare_folder
@@ -195,6 +196,47 @@ def test_epo_raises_the_margin(stages, data, pairs, tmp_path):
     logs = json.loads((tmp_path / "epo" / "trainer_state.json").read_text())["log_history"]
     margins = [log["rewards/margins"] for log in logs if "rewards/margins" in log]
     assert margins[-1] > margins[0] + 0.5
+
+
+@pytest.fixture(scope="module")
+def text_data(tmp_path_factory, data):
+    """The same dialogues without clips; and preference rows from them."""
+    out, rows = tmp_path_factory.mktemp("text"), tmp_path_factory.mktemp("text_pairs")
+    for split, table in load_dataset(data).items():
+        table = table.map(
+            lambda row: {"audio": None, "video": None}, features=table.features, load_from_cache_file=False
+        )
+        table.to_parquet(out / f"{split}.parquet")
+    prompt, reply = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}], {"role": "assistant"}
+    row = {"prompt": prompt, "chosen": [{**reply, "content": "fine"}], "rejected": [{**reply, "content": "the dog"}]}
+    (rows / "train.jsonl").write_text((json.dumps(row) + "\n") * 4, encoding="utf-8")
+    return str(out), str(rows)
+
+
+@pytest.mark.parametrize(
+    ("stage", "which", "options", "encodes"),
+    [
+        ("memory_single", "clips", [], False),
+        ("memory_multi", "clips", [], False),
+        ("dialogue", "clips", ["--use_media", "False"], False),
+        ("dialogue", "clips", [], True),
+        ("dialogue", "text", ["--eval_strategy", "steps", "--eval_steps", "1"], False),
+        ("epo", "text", [], False),
+        ("epo", "clips", [], True),
+    ],
+)
+def test_the_encoders_run_only_where_a_run_may_have_clips(
+    stages, data, pairs, text_data, tmp_path, monkeypatch, stage, which, options, encodes
+):
+    calls = []
+    for tower in ("encode_sound", "encode_frames"):
+        real = getattr(modeling_empathic, tower)
+        monkeypatch.setattr(modeling_empathic, tower, lambda *a, real=real, **k: calls.append(1) or real(*a, **k))
+    text, text_pairs = text_data
+    name = {"clips": (data, pairs), "text": (text, text_pairs)}[which][stage == "epo"]
+    before = STAGES[STAGES.index(stage) - 1]
+    run(stage, name, tmp_path / "out", "--model_name_or_path", stages[before], *options)
+    assert bool(calls) == encodes
 
 
 def test_further_rounds_start_from_the_model_after_epo(stages, data, tmp_path, monkeypatch):

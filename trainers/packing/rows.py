@@ -14,9 +14,8 @@ class RowLayout(PackedLayout):
     """
     A packed row `prefix | rest of row 0 | rest of row 1 | ...`, in which each row attends to the prefix and itself.
 
-    Attention runs on a batch of the rows, padded to the longest rest, where padding costs little. The rest of a layer,
-    with nearly all of its computation, runs without padding. On a GPU in half precision, a variable-length kernel
-    avoids padding in attention too.
+    On a CPU attention runs row by row; on a GPU in half precision, by a variable-length kernel. On other GPUs, where
+    many small calls would be slow, it runs on a batch of the rows, padded to the longest rest.
 
     Args:
         prefix: number of tokens that the rows share.
@@ -42,7 +41,11 @@ class RowLayout(PackedLayout):
         return [*own, *((start, end, 0, self.prefix) for start, end in pairwise(ends))]
 
     def plain(self, query, key, value, dropout: float, scale: float | None) -> torch.Tensor:
-        """Attention (1, length, heads, width) of states (1, heads, length, width), with the rows as a batch."""
+        """See `PackedLayout`."""
+        return (super().plain if query.device.type == "cpu" else self.batched)(query, key, value, dropout, scale)
+
+    def batched(self, query, key, value, dropout: float, scale: float | None) -> torch.Tensor:
+        """Like `plain`, with the rows as a batch."""
         options = {"dropout_p": dropout, "scale": scale}
         # (rows, heads, longest, width)
         queries, keys, values = (states[0][:, self.index].transpose(0, 1) for states in (query, key, value))

@@ -14,7 +14,6 @@ each rejected reply. On a GPU in half precision, one call of a variable-length k
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers.integrations.sdpa_attention import repeat_kv
@@ -45,23 +44,6 @@ class PairLayout(PackedLayout):
 
     spans: list[tuple[int, int, int, int]]
     further: dict[int, list[tuple[int, int, int]]] = field(default_factory=dict)
-    _masks: dict = field(default_factory=dict, repr=False)
-
-    def mask(self, index: int, device: torch.device) -> torch.Tensor:
-        """Attention mask (reply length, pair length) of a pair's rejected reply: the prefix and itself, causally."""
-        if (index, device) not in self._masks:
-            start, shared, rejected, end = self.spans[index]
-            sees = torch.ones(end - rejected, end - start, dtype=torch.bool, device=device).tril(rejected - start)
-            sees[:, shared : rejected - start] = False
-            self._masks[index, device] = sees
-        return self._masks[index, device]
-
-    def _further_mask(self, shared: int, length: int, device: torch.device) -> torch.Tensor:
-        """Causal mask (length, shared + length) of a reply after its prefix, whose keys have no other reply."""
-        key = (shared, length, device)
-        if key not in self._masks:
-            self._masks[key] = torch.ones(length, shared + length, dtype=torch.bool, device=device).tril(shared)
-        return self._masks[key]
 
     def ranges(self) -> list[tuple[int, int, int, int]]:
         """See `PackedLayout`: prompt and chosen reply of each pair, then the rejected replies, after the prompt."""
@@ -70,36 +52,6 @@ class PairLayout(PackedLayout):
             found += [(start, rejected, start, start), (rejected, end, start, start + shared)]
             found += [(begin, stop, start, start + common) for common, begin, stop in self.further.get(index, ())]
         return [each for each in found if each[0] < each[1]]
-
-    def plain(self, query, key, value, dropout: float, scale: float | None) -> torch.Tensor:
-        """Attention (1, length, heads, width) of states (1, heads, length, width), pair by pair."""
-        outputs, options = [], {"dropout_p": dropout, "scale": scale}
-        for index, (start, _, rejected, end) in enumerate(self.spans):
-            first, second, pair = slice(start, rejected), slice(rejected, end), slice(start, end)
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    query[:, :, first], key[:, :, first], value[:, :, first], is_causal=True, **options
-                )
-            )
-            if end > rejected:
-                mask = self.mask(index, query.device)
-                outputs.append(
-                    F.scaled_dot_product_attention(
-                        query[:, :, second], key[:, :, pair], value[:, :, pair], attn_mask=mask, **options
-                    )
-                )
-            for common, begin, stop in self.further.get(index, ()):
-                if stop > begin:
-                    # Only the keys that the reply attends to, so its cost does not grow with the other replies.
-                    keys, values = (
-                        torch.cat([states[:, :, start : start + common], states[:, :, begin:stop]], dim=2)
-                        for states in (key, value)
-                    )
-                    mask = self._further_mask(common, stop - begin, query.device)
-                    outputs.append(
-                        F.scaled_dot_product_attention(query[:, :, begin:stop], keys, values, attn_mask=mask, **options)
-                    )
-        return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
 
 
 class _PairAttention:

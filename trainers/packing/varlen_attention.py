@@ -1,10 +1,11 @@
-"""Attention of many segments of a packed row in one call of torch's variable-length flash kernel."""
+"""Attention of the segments of a packed row: each attends to a prefix elsewhere in the row, and causally to itself."""
 
 import logging
-from collections.abc import Callable
-from itertools import accumulate
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 
 import torch
+import torch.nn.functional as F
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -29,7 +30,7 @@ def kernel_for(query: torch.Tensor) -> Callable | None:
 
 class Segments:
     """
-    Segments of a packed row, each of which attends to a prefix elsewhere in the row, and causally to itself.
+    The attention of segments of a packed row in one call of torch's variable-length flash kernel.
 
     Args:
         segments: (start, end, start of its prefix, end of its prefix) of each segment, as offsets in the row; the
@@ -62,6 +63,47 @@ class Segments:
         return output[None]
 
 
+class SegmentBySegment:
+    """
+    The attention of segments of a packed row, as `Segments` takes them, one segment after the other.
+
+    The row is split into parts and not sliced, because the gradient of each slice would have the size of the whole row.
+    """
+
+    def __init__(self, segments: list[tuple[int, int, int, int]], length: int, device: torch.device):
+        cuts = sorted({0, length, *(edge for segment in segments for edge in segment)})
+        self.sizes = [stop - start for start, stop in pairwise(cuts)]
+        number, masks = {cut: index for index, cut in enumerate(cuts)}, {}
+        self.plan = []  # of each segment: its parts, the parts of its prefix, and the mask
+        for start, end, before, behind in segments:
+            own, prefix = range(number[start], number[end]), range(number[before], number[behind])
+            shape = end - start, behind - before + end - start
+            if prefix and shape not in masks:
+                masks[shape] = torch.ones(shape, dtype=torch.bool, device=device).tril(behind - before)
+            self.plan.append((own, prefix, masks[shape] if prefix else None))
+
+    def attend(self, query, key, value, dropout: float, scale: float | None) -> torch.Tensor:
+        """Attention (1, length, heads, width) of states (1, heads, length, width)."""
+        queries, keys, values = (states.split(self.sizes, dim=2) for states in (query, key, value))
+        outputs = [
+            F.scaled_dot_product_attention(
+                _joined(queries, own),
+                _joined(keys, (*prefix, *own)),
+                _joined(values, (*prefix, *own)),
+                attn_mask=mask,
+                is_causal=mask is None,
+                dropout_p=dropout,
+                scale=scale,
+            )
+            for own, prefix, mask in self.plan
+        ]
+        return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
+
+
+def _joined(parts: Sequence[torch.Tensor], chosen: Sequence[int]) -> torch.Tensor:
+    return parts[chosen[0]] if len(chosen) == 1 else torch.cat([parts[index] for index in chosen], dim=2)
+
+
 class PackedLayout:
     """
     The segments of a packed row, and their attention.
@@ -75,6 +117,7 @@ class PackedLayout:
     attended: int = 0
     obstacle: str | None = None
     _segments: Segments | None = None
+    _one_by_one: SegmentBySegment | None = None
 
     def ranges(self) -> list[tuple[int, int, int, int]]:
         """Return the segments, as `Segments` takes them."""
@@ -82,7 +125,9 @@ class PackedLayout:
 
     def plain(self, query, key, value, dropout: float, scale: float | None) -> torch.Tensor:
         """Like `attend`, but by torch's `scaled_dot_product_attention`."""
-        raise NotImplementedError
+        if self._one_by_one is None:
+            self._one_by_one = SegmentBySegment(self.ranges(), query.shape[2], query.device)
+        return self._one_by_one.attend(query, key, value, dropout, scale)
 
     def attend(self, query, key, value, dropout: float, scale: float | None) -> torch.Tensor:
         """Attention (1, length, heads, width) of states (1, heads, length, width)."""
@@ -90,8 +135,16 @@ class PackedLayout:
         if kernel is not None and self._segments is None:
             self._segments = Segments(self.ranges(), query.device)
         if kernel is None or (_is_right is None and not self._kernel_is_right(kernel, query, key, value, scale)):
-            return self.plain(query, key, value, dropout, scale)
+            return self._plain(query, key, value, dropout, scale)
         return self._segments.attend(kernel, query, key, value, scale)
+
+    def _plain(self, query, key, value, dropout: float, scale: float | None) -> torch.Tensor:
+        if query.device.type != "cpu" or query.dtype not in (torch.bfloat16, torch.float16):
+            return self.plain(query, key, value, dropout, scale)
+        # On a CPU, the backward pass of torch's attention takes several times longer in half precision than in fp32.
+        with torch.autocast("cpu", enabled=False):
+            output = self.plain(query.float(), key.float(), value.float(), dropout, scale)
+        return output.to(query.dtype)
 
     @torch.no_grad()
     def _kernel_is_right(self, kernel: Callable, query, key, value, scale: float | None) -> bool:

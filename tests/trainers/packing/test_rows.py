@@ -110,7 +110,7 @@ def test_a_wrong_mask_or_position_would_be_seen(model, trainer, batches, wrong, 
             count = found.inputs["input_ids"].shape[1]
             found.inputs["position_ids"] = torch.arange(count)[None]
         else:
-            found.inputs["pair_layout"].mask = torch.ones_like(found.inputs["pair_layout"].mask)
+            found.inputs["pair_layout"].ranges = lambda: [(0, found.inputs["input_ids"].shape[1], 0, 0)]
         return found
 
     monkeypatch.setattr(stage_trainer, "pack_rows", packed)
@@ -146,11 +146,12 @@ def test_rows_that_are_the_same_up_to_their_targets():
     assert same.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 8]] and len(same.columns) == 0
 
 
-def test_layout_is_attention_row_by_row():
+@pytest.mark.parametrize("way", ["attend", "batched"])
+def test_layout_is_attention_row_by_row(way):
     torch.manual_seed(0)
     prefix, rests, heads, width = 3, [4, 1, 2], 2, 8
     query, key, value = (torch.randn(1, heads, prefix + sum(rests), width, dtype=torch.float64) for _ in range(3))
-    ours = RowLayout(prefix, rests, query.device).attend(query, key, value, 0.0, None)
+    ours = getattr(RowLayout(prefix, rests, query.device), way)(query, key, value, 0.0, None)
     starts = [prefix, prefix + 4, prefix + 5]
     for start, rest in zip(starts, rests, strict=True):
         row = [*range(prefix), *range(start, start + rest)]

@@ -126,12 +126,7 @@ def test_a_packed_row():
     assert packed.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 4, 0, 1, 2, 1]]
     layout = packed.inputs["pair_layout"]
     assert layout.spans == [(0, 2, 4, 7), (7, 1, 10, 11)]
-    assert layout.mask(0, torch.device("cpu")).int().tolist() == [
-        [1, 1, 0, 0, 1, 0, 0],
-        [1, 1, 0, 0, 1, 1, 0],
-        [1, 1, 0, 0, 1, 1, 1],
-    ]
-    assert layout.mask(1, torch.device("cpu")).int().tolist() == [[1, 0, 0, 1]]
+    assert layout.ranges() == [(0, 4, 0, 0), (4, 7, 0, 2), (7, 10, 7, 7), (10, 11, 7, 8)]
     assert packed.lengths == [2, 2, 3, 1] and not packed.repeats_prompts
     assert packed.targets.tolist() == [7, 1, 6, 1, 8, 9, 1, 1]
     assert packed.columns.tolist() == [1, 2, 7, 8, 1, 4, 5, 7]
@@ -206,9 +201,12 @@ def test_loss_and_gradients_are_trls_in_fp64(tmp_path, exact, case):
         torch.testing.assert_close(found[name], gradient, atol=1e-10, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def sees_the_chosen(self, index, device):
-    start, _, rejected, end = self.spans[index]
-    return torch.ones(end - rejected, end - start, dtype=torch.bool).tril(rejected - start)
+def sees_the_chosen(self):
+    return [
+        each
+        for start, _, rejected, end in self.spans
+        for each in ((start, rejected, 0, 0), (rejected, end, start, rejected))
+    ]
 
 
 def positions_go_on(*args, **kwargs):
@@ -232,7 +230,7 @@ def test_a_wrong_mask_or_wrong_positions_are_seen(tmp_path, exact, monkeypatch, 
     with torch.no_grad():
         expected = one_by_one(model, ROWS[:2])
     if wrong == "mask":
-        monkeypatch.setattr(PairLayout, "mask", sees_the_chosen)
+        monkeypatch.setattr(PairLayout, "ranges", sees_the_chosen)
     elif wrong:
         change = positions_go_on if wrong == "positions" else pairs_are_not_told_apart
         monkeypatch.setattr("empathic.trainers.epo_trainer.pack_pairs", change)

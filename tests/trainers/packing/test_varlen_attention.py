@@ -1,4 +1,4 @@
-"""One call for all segments of a packed row, with a plain torch version of the kernel, which runs only on GPUs."""
+"""Attention of the segments of a packed row, with a plain torch version of the kernel, which runs only on GPUs."""
 
 import pytest
 import torch
@@ -84,6 +84,27 @@ def test_a_kernel_that_is_wrong_or_does_not_run_is_left_alone(bad, reason, state
     ours, _ = run(LAYOUTS["pairs"](), states)
     assert torch.equal(ours, plain) and varlen_attention._is_right is False
     assert f"torch's variable-length attention is not used: {reason}" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["rows", "rows without a prefix"])
+def test_rows_one_by_one_are_those_of_the_padded_batch(name, states):
+    batched = LAYOUTS[name]()
+    batched.plain = batched.batched
+    (ours, found), (padded, gradients) = run(LAYOUTS[name](), states), run(batched, states)
+    assert torch.allclose(ours, padded, atol=1e-12)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, gradients, strict=True))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_half_precision_on_a_cpu_is_that_of_fp32_rounded(name, states):
+    half = [state.detach().bfloat16().requires_grad_() for state in states]
+    wide = [state.detach().float().requires_grad_() for state in half]
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, found = run(LAYOUTS[name](), half)
+    expected, gradients = run(LAYOUTS[name](), wide)
+    assert ours.dtype == torch.bfloat16 and torch.equal(ours, expected.bfloat16())
+    # The sum of squares of the rounded output differs a little.
+    assert all(torch.allclose(a.float(), b, atol=0.05, rtol=0.05) for a, b in zip(found, gradients, strict=True))
 
 
 def test_there_is_no_kernel_on_a_cpu(states):
