@@ -28,6 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import (
     CLIPVisionModel,
+    PreTrainedTokenizerBase,
     Qwen2ForCausalLM,
     TrainerCallback,
     WhisperForConditionalGeneration,
@@ -104,8 +105,12 @@ def write_inputs(root: Path, dialogues: int, clips: str) -> None:
         for path in tqdm(sorted((root / "recordings" / "clips").glob("*.mp4")), "films", unit="film"):
             as_film(path)
     prepare_folder(root / "recordings", root / "data", progress=False)
+    write_parts(root / "parts")
+
+
+def write_parts(parts: Path) -> PreTrainedTokenizerBase:
+    """Write the four parts of a model of the tiny preset with random weights, and return the text tokenizer."""
     torch.manual_seed(0)
-    parts = root / "parts"
     tokenizer = build_text_tokenizer(prompt_texts())
     for name, model, preprocessor in (
         ("text", Qwen2ForCausalLM(tiny_text_config(tokenizer)), tokenizer),
@@ -115,6 +120,7 @@ def write_inputs(root: Path, dialogues: int, clips: str) -> None:
         model.save_pretrained(parts / name)
         preprocessor.save_pretrained(parts / name)
     write_memory_encoder(build_memory_tokenizer(prompt_texts()), parts / "memory")
+    return tokenizer
 
 
 def recipe(root: Path, steps: int) -> list[str]:
@@ -132,7 +138,7 @@ def train_stage(arguments: list[str]) -> tuple[dict[str, float], list[float]]:
     set_seed(args.seed)
     model, processor, _ = train.build_model(script, model_args)
     freeze_for_stage(model, script.stage)
-    trainer = train.supervised_trainer(script, args, model, processor)
+    trainer = train.supervised_trainer(script, args, train.supervised_data(script, args), model, processor)
     times = StepTimes()
     trainer.add_callback(times)
     trainer.train()

@@ -136,17 +136,17 @@ def word_weights(writer, dialogues):
     return weights
 
 
-def utterance_vectors(embeddings, utterances, weights, start_id):
+def utterance_vectors(embeddings, utterances, weights, starts):
     """Return a vector of norm 1 per utterance: the weighted sum of its words' embeddings, combined with word order.
 
     A plain sum has no word order, so a second copy of each word's embedding is added, multiplied by the signs of the
-    preceding word's embedding (`start_id` before the first word). A model that knows the preceding word can undo the
-    signs.
+    preceding word's embedding. A model that knows the preceding word can undo the signs.
 
     Args:
         embeddings: (vocabulary, hidden).
         utterances: sequences of token ids.
         weights: (vocabulary,), from `word_weights`.
+        starts: the token id before the first word of each utterance.
 
     Returns:
         (utterances, hidden)
@@ -154,7 +154,7 @@ def utterance_vectors(embeddings, utterances, weights, start_id):
     length = max(map(len, utterances))
     ids = torch.tensor([[*utterance, *[-1] * (length - len(utterance))] for utterance in utterances])
     real, ids = ids >= 0, ids.clamp(min=0)
-    before = torch.cat([torch.full((len(ids), 1), start_id), ids[:, :-1]], dim=1)
+    before = torch.cat([torch.tensor(starts)[:, None], ids[:, :-1]], dim=1)
     signs = embeddings.detach()[before].sign()  # (utterances, length, hidden)
     words = embeddings[ids] * (weights[ids] * real)[..., None]
     return F.normalize((words * (1 + ORDER_SHARE * signs)).sum(1), dim=-1)
@@ -208,7 +208,9 @@ class Pretrainer:
         embeds = table[ids]
         utterances = [utterance for sample in samples for utterance in sample["utterances"]]
         if utterances:
-            vectors = _blur(utterance_vectors(table, utterances, self.weights, self.start_id), VECTOR_NOISE)
+            before, words = zip(*utterances, strict=True)
+            starts = [self.start_id if token is None else token for token in before]
+            vectors = _blur(utterance_vectors(table, words, self.weights, starts), VECTOR_NOISE)
             here = (ids == holders["memory"])[..., None]
             embeds = embeds.masked_scatter(here, self._placed(vectors, "memory", scale))
         cues = [cue for sample in samples for cue in sample["cues"]]
@@ -272,7 +274,7 @@ def _pretrain(rank, processes, folder, tokenizer, dialogues, options):
     model = Qwen2ForCausalLM(tiny_text_config(tokenizer) if config is None else config)
     writer = PromptWriter(tokenizer, options["num_query_tokens"])
     start_with_copying(model, writer.placeholder_ids["memory"], seed=seed)
-    tasks = PretrainingTasks(writer, dialogues, seed)
+    tasks = PretrainingTasks(writer, dialogues, seed, options["most_vectors"])
     pretrainer = Pretrainer(model, writer, word_weights(writer, dialogues))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=options["learning_rate"], betas=(0.9, 0.98), weight_decay=0.01, fused=True
@@ -316,6 +318,7 @@ def pretrain_language_model(
     config=None,
     progress=True,
     processes=1,
+    most_vectors=1,
 ):
     """Pretrain the tiny language model and save it with its tokenizer as an ordinary Hugging Face folder.
 
@@ -329,13 +332,14 @@ def pretrain_language_model(
         num_query_tokens: number of placeholders for the voice, and for the face.
         config: `Qwen2Config`; `tiny_text_config(tokenizer)` by default.
         processes: processes of one thread each that divide the tasks of a step.
+        most_vectors: maximum number of vectors for an utterance, see `PretrainingTasks`.
 
     Returns:
         The loss of each step, a list of floats (nats per token).
     """
     options = {
         "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
-        "num_query_tokens": num_query_tokens, "config": config, "progress": progress,
+        "num_query_tokens": num_query_tokens, "config": config, "progress": progress, "most_vectors": most_vectors,
     }  # fmt: skip
     output_dir = Path(output_dir)
     output_dir.parent.mkdir(parents=True, exist_ok=True)

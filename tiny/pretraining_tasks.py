@@ -33,7 +33,7 @@ def prompt_texts():
     texts = [*grammar_words(), REPEAT_PROMPT]
     for task in ("dialogue", "emotion", "memory", "counter"):
         for num_memories in (1, 2):
-            texts += _pieces(task, None, True, num_memories, True, True, "happy", ())
+            texts += _pieces(task, None, True, num_memories, True, True, "happy", (), num_memories)
     return texts
 
 
@@ -43,7 +43,7 @@ def memory_line(turn):
 
 
 @cache
-def _pieces(task, system, has_sentence, num_memories, audio, video, emotion, roles):
+def _pieces(task, system, has_sentence, num_memories, audio, video, emotion, roles, num_utterances):
     """Render a prompt and split it where texts are inserted: the turns of the history, then the sentence."""
     template = default_chat_templates()["default" if task == "dialogue" else task]
     messages = [] if system is None else [{"role": "system", "content": system}]
@@ -54,7 +54,7 @@ def _pieces(task, system, has_sentence, num_memories, audio, video, emotion, rol
         sentence=_MARK if has_sentence and task != "memory" else None,
         history="text",
         num_memories=num_memories,
-        num_utterances=num_memories,
+        num_utterances=num_utterances,
         memory_placeholder="<|memory|>",
         audio=audio,
         video=video,
@@ -90,7 +90,16 @@ class PromptWriter:
         return self._known[text]
 
     def prompt(
-        self, task, sentence=None, system=None, num_memories=0, audio=False, video=False, emotion=None, history=()
+        self,
+        task,
+        sentence=None,
+        system=None,
+        num_memories=0,
+        audio=False,
+        video=False,
+        emotion=None,
+        history=(),
+        num_utterances=None,
     ):
         """Return the token ids of a prompt, a list.
 
@@ -99,10 +108,10 @@ class PromptWriter:
             sentence: the last user sentence.
             system: a system message that replaces the template's.
             history: earlier turns as (role, text), rendered as chat turns.
+            num_utterances: number of utterances of the memories, if some have several.
         """
-        pieces = _pieces(
-            task, system, sentence is not None, num_memories, audio, video, emotion, tuple(r for r, _ in history)
-        )
+        roles, count = tuple(role for role, _ in history), num_memories if num_utterances is None else num_utterances
+        pieces = _pieces(task, system, sentence is not None, num_memories, audio, video, emotion, roles, count)
         texts = [text for _, text in history] + ([] if sentence is None else [sentence])
         ids = []
         for i, piece in enumerate(pieces):
@@ -120,18 +129,22 @@ class PromptWriter:
 
 class PretrainingTasks:
     """Draws samples of the tasks, each a dict of token ids:
-    `prompt` and `answer` (lists), `utterances` (a tuple for each memory placeholder of the prompt) and `cues` (for each
-    voice or face placeholder the pair of emotion words that its vector represents).
+    `prompt` and `answer` (lists), `utterances` (for each memory placeholder of the prompt the token before its words,
+    or None, and a tuple of its words) and `cues` (for each voice or face placeholder the pair of emotion words that its
+    vector represents).
 
     Args:
         writer: `PromptWriter`.
         dialogues: conversations from `make_dialogues`.
         seed: seed of the samples.
+        most_vectors: maximum number of vectors for an utterance. Above 1, each utterance is divided into a random
+            number of parts of about equal length, and each vector represents one.
     """
 
-    def __init__(self, writer, dialogues, seed=0):
+    def __init__(self, writer, dialogues, seed=0, most_vectors=1):
         self.writer = writer
         self.dialogues = dialogues
+        self.most_vectors = most_vectors
         self.user_turns = [turn for dialogue in dialogues for turn in dialogue if turn["speaker"] != ASSISTANT]
         self.revealing = [turn for turn in self.user_turns if turn["reveals"]]
         self.words = grammar_words()
@@ -160,8 +173,24 @@ class PretrainingTasks:
         ]
 
     def _finish(self, prompt, answer, utterances=(), cues=()):
-        utterances = [self.writer.encode(text) for text in utterances]
-        return {"prompt": prompt, "answer": self.writer.answer(answer), "utterances": utterances, "cues": list(cues)}
+        return {
+            "prompt": prompt,
+            "answer": self.writer.answer(answer),
+            "utterances": list(utterances),
+            "cues": list(cues),
+        }
+
+    def _parts(self, lines):
+        """Divide each line among its vectors; see `utterances` of a sample."""
+        found = []
+        for line in lines:
+            ids, before = self.writer.encode(line), None
+            vectors = min(len(ids), self.rng.randint(1, self.most_vectors)) if self.most_vectors > 1 else 1
+            size = -(-len(ids) // vectors)
+            for start in range(0, len(ids), size):
+                found.append((before, ids[start : start + size]))
+                before = ids[start : start + size][-1]
+        return found
 
     def _random_words(self, low, high):
         # Mostly content words, which the model must copy from the prompt; common words can be inferred.
@@ -180,15 +209,18 @@ class PretrainingTasks:
             count = min(count, len(dialogue))
             start = self.rng.randint(0, len(dialogue) - count)
             lines = [memory_line(turn) for turn in dialogue[start : start + count]]
-        return self._finish(self.writer.prompt("memory", num_memories=len(lines)), "\n".join(lines), lines)
+        parts = self._parts(lines)
+        prompt = self.writer.prompt("memory", num_memories=len(parts), num_utterances=len(lines))
+        return self._finish(prompt, "\n".join(lines), parts)
 
     def _reply(self, as_vectors):
         dialogue = self.rng.choice(self.dialogues)
         k = self.rng.choice([i for i, turn in enumerate(dialogue) if turn["speaker"] == ASSISTANT])
         earlier, sentence, reply = dialogue[: k - 1], dialogue[k - 1]["text"], dialogue[k]["text"]
         if as_vectors:
-            prompt = self.writer.prompt("dialogue", sentence, num_memories=len(earlier))
-            return self._finish(prompt, reply, [memory_line(turn) for turn in earlier])
+            parts = self._parts([memory_line(turn) for turn in earlier])
+            prompt = self.writer.prompt("dialogue", sentence, num_memories=len(parts), num_utterances=len(earlier))
+            return self._finish(prompt, reply, parts)
         history = [("assistant" if turn["speaker"] == ASSISTANT else "user", turn["text"]) for turn in earlier]
         return self._finish(self.writer.prompt("dialogue", sentence, history=history), reply)
 

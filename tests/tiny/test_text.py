@@ -247,7 +247,7 @@ def test_prompts_are_the_processors():
 def test_vectors_keep_the_order_of_words():
     torch.manual_seed(0)
     embeddings, weights = torch.randn(10, 64), torch.linspace(0.1, 1, 10)
-    vectors = utterance_vectors(embeddings, [[1, 2, 3], [3, 2, 1], [1, 2]], weights, start_id=9)
+    vectors = utterance_vectors(embeddings, [[1, 2, 3], [3, 2, 1], [1, 2]], weights, starts=[9, 9, 9])
     assert vectors.norm(dim=-1).tolist() == pytest.approx([1.0] * 3)
     by_hand = weights[1] * embeddings[1] * (1 + 0.5 * embeddings[9].sign())
     by_hand += weights[2] * embeddings[2] * (1 + 0.5 * embeddings[1].sign())
@@ -282,8 +282,22 @@ def test_the_model_starts_with_copying(text_tokenizer):
     assert surprise["copying"] < 5
 
 
-def test_every_task_is_in_the_steps(text_tokenizer, train):
-    tasks = PretrainingTasks(PromptWriter(text_tokenizer), train, seed=1)
+@pytest.mark.parametrize("most", [1, 3])
+def test_an_utterance_is_divided_among_its_vectors(text_tokenizer, train, most):
+    tasks = PretrainingTasks(PromptWriter(text_tokenizer), train, seed=1, most_vectors=most)
+    counts = set()
+    for _ in range(30):
+        sample = tasks.sample("rebuild_one")
+        before, parts = zip(*sample["utterances"], strict=True)
+        counts.add(len(parts))
+        assert [token for part in parts for token in part] == sample["answer"][:-1]
+        assert before == (None, *(part[-1] for part in parts[:-1]))
+    assert counts == set(range(1, most + 1))
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_every_task_is_in_the_steps(text_tokenizer, train, most):
+    tasks = PretrainingTasks(PromptWriter(text_tokenizer), train, seed=1, most_vectors=most)
     for step in range(2):
         groups = tasks.batch(step, 24)
         assert len(groups) == len(MIXTURES[step])
