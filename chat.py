@@ -8,7 +8,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
@@ -23,6 +23,7 @@ from transformers.generation import BaseStreamer, GenerationMode
 
 from .compat_empathic import CACHE
 from .configuration_empathic import MEMORY_SIZE
+from .decoding import can_decode, decode_one
 from .memory_empathic import MemoryState
 from .sampling import plain_decoding
 from .thoughts import WrittenDecoder, is_thought_so_far, read_written
@@ -226,6 +227,7 @@ class _Turn:
     ids: torch.Tensor  # (positions,), the prompt, on the CPU
     arguments: dict  # of `generate`
     streams: bool  # whether `generate` supports a streamer with these arguments
+    is_simple: bool  # whether `decode_one` generates the reply
     cache: DynamicCache | None  # the cache that `generate` fills, if it is kept after the turn
     reused: int
     clock: "_Clock"
@@ -591,7 +593,7 @@ class ChatSession:
         clock = _Clock()
         arguments["logits_processor"] = LogitsProcessorList([*(arguments.get("logits_processor") or ()), clock])
 
-        streams, keeps = _abilities(self.model, generate_kwargs)
+        streams, keeps, is_simple = _abilities(self.model, generate_kwargs)
         cache, reused = self._take_prefix(ids) if keeps else (None, 0)
         if cache is not None:
             arguments[CACHE] = cache
@@ -599,7 +601,8 @@ class ChatSession:
         if new := self._memory.vectors[there:]:
             arguments["memory_vectors"] = self._stack(new)[None]
         arguments |= inputs.to(self.model.device)
-        return _Turn(text or "", ids, arguments, streams, cache, reused, clock, recalled)
+        is_simple = is_simple and cache is not None
+        return _Turn(text or "", ids, arguments, streams, is_simple, cache, reused, clock, recalled)
 
     # ------------------------------------------------------------------ the key-value prefix
 
@@ -636,7 +639,10 @@ class ChatSession:
     def _generate(self, turn: _Turn, **more) -> torch.Tensor:
         """Generate the reply and return its new tokens (length,)."""
         turn.clock.start()
-        output = self.model.generate(**turn.arguments, **more)
+        arguments = {**turn.arguments, **more}
+        if turn.is_simple:
+            arguments["custom_generate"] = partial(decode_one, streamer=arguments.get("streamer"))
+        output = self.model.generate(**arguments)
         output = output if isinstance(output, torch.Tensor) else output.sequences
         return output[0, len(turn.ids) :]
 
@@ -685,15 +691,19 @@ class ChatSession:
 # ---------------------------------------------------------------------- helpers for `generate`
 
 
-def _abilities(model, generate_kwargs: dict) -> tuple[bool, bool]:
-    """Whether `generate` supports a streamer with these arguments, and whether it can start from a cached prefix."""
+def _abilities(model, generate_kwargs: dict) -> tuple[bool, bool, bool]:
+    """
+    Whether `generate` supports a streamer with these arguments, whether it can start from a cached prefix, and whether
+    `decode_one` can then take its place.
+    """
     config = copy.copy(generate_kwargs.get("generation_config") or model.generation_config)
     vars(config).update({key: value for key, value in generate_kwargs.items() if key in vars(config)})
     mode = config.get_generation_mode(generate_kwargs.get("assistant_model"))
     plain = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
     own = generate_kwargs.get("custom_generate") is None and config.num_return_sequences in (None, 1)
     cached = config.use_cache is not False and config.cache_implementation is None
-    return plain and own, plain and own and cached and not generate_kwargs.keys() & {"cache", "past_key_values"}
+    keeps = plain and own and cached and not generate_kwargs.keys() & {"cache", "past_key_values"}
+    return plain and own, keeps, can_decode(config) and not generate_kwargs.get("synced_gpus")
 
 
 class _Clock(LogitsProcessor):

@@ -17,8 +17,13 @@ def session_at(model, processor, messages: list[dict], reply: int) -> ChatSessio
     """
     session = ChatSession(model, processor)
     session.remember(*messages[:-3])
-    session.reply(messages[-3]["content"], min_new_tokens=reply, max_new_tokens=reply)
+    session.reply(messages[-3]["content"], **exactly(reply))
     return session
+
+
+def exactly(tokens: int) -> dict:
+    """Arguments of `generate` for a reply of this many tokens: no token ends it, and nothing is computed for that."""
+    return {"max_new_tokens": tokens, "eos_token_id": 1 << 30, "pad_token_id": 0}
 
 
 def language_model_alone(model, positions: int, reused: int, reply: int):
@@ -66,17 +71,16 @@ def measure_turns(
         history, text = sessions[turns].messages, messages[-1]["content"]
         rows = [processor.encode_utterance(m["role"], m["content"]) for m in history]
         read, last = torch.tensor([[i for row in rows for i in row]], device=model.device), sum(map(len, rows[-2:]))
-        length = {"min_new_tokens": reply, "max_new_tokens": reply}
 
-        def streaming(session=sessions[turns], text=text, length=length):
+        def streaming(session=sessions[turns], text=text):
             turn = copy.copy(session)  # a turn replaces the session's attributes: the original stays unchanged
-            turn.reply(text, **length)
+            turn.reply(text, **exactly(reply))
             return turn.last_turn
 
-        def anew(history=history, text=text, length=length):
+        def anew(history=history, text=text):
             session = ChatSession(model, processor)
             session.remember(*history)
-            session.reply(text, **length)
+            session.reply(text, **exactly(reply))
 
         runs[turns, "streaming"], runs[turns, "anew"] = streaming, anew
 

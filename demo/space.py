@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1]
 SOURCES = (
     "chat.py",
     "clip_limits.py",
+    "decoding.py",
     "emotions.py",
     "errors.py",
     "hosts.py",
