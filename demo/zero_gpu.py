@@ -216,6 +216,7 @@ class ZeroGPUEngine:
         # As arrays: tensors would be pickled as shared memory, of which containers have little.
         clips = {kind: tuple(tensor.numpy() for tensor in tensors) for kind, tensors in request.clips.items()}
         events = self._answer(request.system, request.history, request.turn, clips, request.options, request.details)
+        last = None
         with closing(events):  # a closed generator ends the work of its process
             for event in events:
                 if request.cancelled:
@@ -227,9 +228,9 @@ class ZeroGPUEngine:
                     self.metrics.prompt_positions.inc(event.prompt_tokens)
                     self.metrics.completion_tokens.inc(event.completion_tokens)
                 request.emit(event)
-                if isinstance(event, (Done, Failed)):
-                    return
-        raise RuntimeError("the process on ZeroGPU ended before its reply")
+                last = event
+        if not isinstance(last, (Done, Failed)):
+            raise RuntimeError("the process on ZeroGPU ended before its reply")
 
 
 def zero_gpu_engine(model, processor, options: PageOptions) -> ZeroGPUEngine:
