@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from contextvars import copy_context
@@ -62,14 +62,14 @@ def seconds_needed(
     return min(round(seconds), MOST_SECONDS)
 
 
-def answering_function(model, processor, max_memories: int | None) -> Callable[..., Iterator]:
+def answering_function(model, processor, max_memories: int | None) -> Callable[..., Generator]:
     """Return the generator function that gets the parts of a `Request` and yields its events, with a GPU."""
     in_use = threading.Lock()  # where `spaces` forks no process, calls share the model
 
     @spaces.GPU(duration=seconds_needed)
     def answer(
         system: str | None, history: History, turn: Utterance, clips: dict, options: Options, details: bool
-    ) -> Iterator:
+    ) -> Generator:
         tensors = {kind: tuple(map(torch.from_numpy, arrays)) for kind, arrays in clips.items()}
         events: queue.SimpleQueue = queue.SimpleQueue()
         request = Request(system, history, turn, tensors, options, events.put, details)
@@ -115,7 +115,7 @@ class ZeroGPUEngine:
 
     gives_logprobs, with_emotion = True, False
 
-    def __init__(self, answer: Callable[..., Iterator], processor, concurrency: int = 1, max_queue: int = QUEUE):
+    def __init__(self, answer: Callable[..., Generator], processor, concurrency: int = 1, max_queue: int = QUEUE):
         self.processor, self.metrics = processor, Metrics()
         self.concurrency, self.max_queue = concurrency, max_queue
         self._answer = answer
