@@ -15,6 +15,7 @@ def push_space(
     *,
     compare: str | None = None,
     options=None,
+    zero_gpu: bool = False,
     private: bool = True,
     token: str | None = None,
     revision: str | None = None,
@@ -27,6 +28,7 @@ def push_space(
         model, compare: Hub ids of the models; the Space loads the models from the Hub.
         repo_id: `owner/name` of the Space, created if it does not exist.
         options: options of the page, an `empathic.demo.app.PageOptions`. Its examples travel to the Space.
+        zero_gpu: whether the Space is for ZeroGPU instead of Docker.
         private, token, revision, commit_message: see `hub.push_dataset`.
 
     Returns:
@@ -41,10 +43,11 @@ def push_space(
     for name in (model, compare):
         if name is not None and (Path(name).exists() or name.count("/") != 1):
             raise PushError(f"{name}: a Space loads its model from the Hub. Push it with `empathic push`; give its id.")
-    stale: Patterns = {folder: ("*.py",) for folder in ("", "empathic", "empathic/demo", "empathic/serve")}
+    stale: Patterns = {"": ("*.py", "Dockerfile")}
+    stale |= {folder: ("*.py",) for folder in ("empathic", "empathic/demo", "empathic/serve")}
     stale |= {"empathic/demo/static": ("*",), "examples": ("*",)}
     return push_files(
-        {**space_files(repo_id, model, compare, options)},
+        {**space_files(repo_id, model, compare, options, zero_gpu)},
         stale,
         repo_id,
         repo_type="space",
@@ -53,7 +56,7 @@ def push_space(
         revision=revision,
         commit_message=commit_message or f"Push the page of {model}",
         needs=[name for name in (model, compare) if name is not None],
-        space_sdk="docker",
+        space_sdk="gradio" if zero_gpu else "docker",
     )
 
 
@@ -73,9 +76,16 @@ def run(arguments) -> int:
             examples=find_examples(arguments.examples, Path(folder)),
         )
         url = push_space(
-            arguments.model, arguments.id, compare=arguments.compare, options=options, **hub_options(arguments)
+            arguments.model,
+            arguments.id,
+            compare=arguments.compare,
+            options=options,
+            zero_gpu=arguments.zero_gpu,
+            **hub_options(arguments),
         )
     print(f"The page of {arguments.model} is at {url}")
+    if arguments.zero_gpu:
+        print("Choose ZeroGPU as the hardware in the Space's settings; without it, the Space runs on its CPU or GPU.")
     print("If the model is private, add a token with read access as the secret HF_TOKEN in the Space's settings.")
     return 0
 
@@ -91,5 +101,11 @@ def add(commands) -> None:
     )
     sub.add_argument("model", metavar="MODEL", help="Hub id of the model")
     sub.add_argument("id", metavar="ID", help="owner/name of the Space")
+    sub.add_argument(
+        "--zero_gpu",
+        action="store_true",
+        help="make a Gradio Space for ZeroGPU, which has a GPU only during a reply; nothing is kept between turns, "
+        "and there is no live emotion (default: a Docker Space)",
+    )
     add_page_options(sub)
     add_hub_options(sub)

@@ -6,10 +6,11 @@ state; what it has computed of a conversation is found again by the conversation
 """
 
 import mimetypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from fastapi import FastAPI
@@ -61,9 +62,11 @@ class PageOptions:
         concurrency: number of turns answered at once; others wait.
         max_new_tokens: maximum length of a reply.
         max_memories: see `ChatSession`.
-        keep_seconds: seconds that what was computed of a conversation is kept after its last turn.
+        keep_seconds: seconds that what was computed of a conversation is kept after its last turn; 0 if it is not kept.
         compare_name: name of the second model's column; by default that of its folder.
         examples: conversations to start from.
+        quota_from: origin of the web site whose visitors' GPU time is limited, and which frames the page; None for no
+            such limit.
     """
 
     megabytes: float = 32
@@ -74,6 +77,7 @@ class PageOptions:
     keep_seconds: float = KEEP_SECONDS
     compare_name: str | None = None
     examples: Sequence[Example] = field(default_factory=tuple)
+    quota_from: str | None = None
 
     @property
     def limits(self) -> Limits:
@@ -86,8 +90,20 @@ class PageOptions:
         )
 
 
+def local_engine(model, processor, options: PageOptions) -> Engine:
+    """Return an engine that keeps the model on its device, and what it has computed of a conversation for a while."""
+    cache = PrefixCache(CACHE_BYTES, options.keep_seconds)
+    decoder = LocalDecoder(model, cache, options.concurrency)
+    return Engine(FrontEnd(model, processor, cache, options.max_memories), decoder, Metrics(), QUEUE)
+
+
 def build_service(
-    model: str, compare: str | None, options: PageOptions, device: str | None = None, hosts: Iterable[str] | None = None
+    model: str,
+    compare: str | None,
+    options: PageOptions,
+    device: str | None = None,
+    hosts: Iterable[str] | None = None,
+    make_engine: Callable[..., Any] = local_engine,
 ) -> Service:
     """
     Load the models for inference, by default on a GPU if there is one, each with an engine of its own.
@@ -98,19 +114,17 @@ def build_service(
         options: options of the page.
         device: device of the models.
         hosts: the host names of this server; None allows any.
+        make_engine: makes the engine of a model, of its processor, and of the options.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    engines: dict[str, Engine] = {}
+    engines: dict[str, Any] = {}
     for place in (model, *([compare] if compare is not None else [])):
         with loading(place):
             loaded = EmpathicForConditionalGeneration.from_pretrained(place, dtype="auto").eval().to(device)
             processor = EmpathicProcessor.from_pretrained(place)
-        cache = PrefixCache(CACHE_BYTES, options.keep_seconds)
-        decoder = LocalDecoder(loaded, cache, options.concurrency)
-        front = FrontEnd(loaded, processor, cache, options.max_memories)
         name = _last_part(place)
         name = name if name not in engines else f"{name} (compared)"
-        engines[name] = Engine(front, decoder, Metrics(), QUEUE)
+        engines[name] = make_engine(loaded, processor, options)
     (name, first), *others = engines.items()
     limits = options.limits
     pool = MediaPool(
@@ -141,12 +155,15 @@ def add_page(app: FastAPI, service: Service, options: PageOptions, compare: str 
     for name in list(service.engines)[1:]:
         label = options.compare_name or ("before EPO" if _last_part(compare or "") == BEFORE_EPO else name)
         columns.append({"key": "other", "label": label, "model": name, "clips": True, "history": True})
+    engine = service.engines[service.model_name]
     settings = {
         "model": service.model_name,
         "columns": columns,
         "limits": {"megabytes": options.megabytes, "seconds": options.seconds, "characters": CHARACTERS},
         "keep_seconds": options.keep_seconds,
-        "names_emotion_of_text": bool(service.engines[service.model_name].processor.with_text),
+        "live_emotion": engine.with_emotion,
+        "names_emotion_of_text": bool(engine.with_emotion and engine.processor.with_text),
+        "quota_from": options.quota_from,
         "examples": [
             {"text": example.text, "history": list(example.history), "clip": f"examples/{number}"}
             for number, example in enumerate(options.examples)
@@ -156,7 +173,7 @@ def add_page(app: FastAPI, service: Service, options: PageOptions, compare: str 
     def not_found(path: str) -> APIError:
         return APIError(404, f"GET /{path[:100]}: Not Found.")
 
-    @app.get("/")
+    @app.api_route("/", methods=["GET", "HEAD"])
     async def page():
         return FileResponse(STATIC / "index.html", headers=HEADERS)
 

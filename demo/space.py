@@ -1,5 +1,6 @@
 """The files of a Hub Space that serves the page."""
 
+from collections.abc import Sequence
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -26,14 +27,14 @@ SOURCES = (
     "serve/*",
 )
 NOT_NEEDED = ("demo/space.py", "serve/handler.py", "serve/vllm_backend.py")
+ZERO_GPU = "demo/zero_gpu.py"  # needed only there
 EXAMPLES = "examples"
 # Needed in addition to the package's own requirements; models with adapters need peft.
 FURTHER = ("fastapi", "peft", "prometheus-client", "uvicorn")
 
 APP = '''"""The page of the Space, written by `empathic push-space`."""
 
-from empathic.demo.app import PageOptions, serve_page
-from empathic.demo.examples import read_examples
+{imports}
 
 if __name__ == "__main__":
     options = PageOptions(
@@ -44,8 +45,15 @@ if __name__ == "__main__":
         compare_name={compare_name!r},
         examples={examples},
     )
-    serve_page({model!r}, {compare!r}, options, host="0.0.0.0", port={port})
+    {serve}({model!r}, {compare!r}, options, host="0.0.0.0", port={port})
 '''
+IMPORTS = """from empathic.demo.app import PageOptions, serve_page
+from empathic.demo.examples import read_examples"""
+ZERO_GPU_IMPORTS = """import spaces  # before torch, whose functions it replaces
+
+from empathic.demo.app import PageOptions
+from empathic.demo.examples import read_examples
+from empathic.demo.zero_gpu import serve_on_zero_gpu"""
 PORT = 7860
 
 DOCKERFILE = """FROM python:3.11-slim
@@ -60,13 +68,23 @@ EXPOSE 7860
 CMD ["python", "app.py"]
 """
 
+SDK = f"""sdk: docker
+app_port: {PORT}"""
+# ZeroGPU runs only with this SDK, and with few versions of Python.
+ZERO_GPU_SDK = """sdk: gradio
+sdk_version: 6.31.0
+python_version: 3.12.12
+fullWidth: true
+app_file: app.py
+suggested_hardware: zero-a10g"""
+ZERO_GPU_REQUIREMENTS = ("gradio>=6.31,<7", "spaces>=0.51")
+
 README = """---
 title: {title}
 emoji: 💬
 colorFrom: yellow
 colorTo: red
-sdk: docker
-app_port: {port}
+{sdk}
 license: apache-2.0
 models:
 {models}
@@ -83,7 +101,7 @@ The model takes your text, your voice and your face, shows the emotion that it r
 earlier utterance takes only one memory vector in the prompt.
 
 Clips are limited in size ({megabytes:g} MB) and length ({seconds:g} s), decoded in a separate process, never stored.
-The conversation is in your browser; what the server has computed of it leaves {minutes:g} minutes after your last turn.
+The conversation is in your browser; what the server has computed of it leaves {kept}.
 
 If a model of this Space is private, add a token with read access as the secret `HF_TOKEN` in the Space's settings.
 
@@ -115,7 +133,11 @@ print(answer.choices[0].message.content, answer.choices[0].message.emotion)
 
 
 def space_files(
-    space: str, model: str, compare: str | None = None, options: PageOptions | None = None
+    space: str,
+    model: str,
+    compare: str | None = None,
+    options: PageOptions | None = None,
+    zero_gpu: bool = False,
 ) -> dict[str, bytes]:
     """
     Return all files of a Space: path in the Space -> content.
@@ -123,6 +145,7 @@ def space_files(
     Args:
         space, model, compare: Hub ids of the Space, of the model and of a second model to compare with.
         options: options of the page.
+        zero_gpu: whether the Space is for ZeroGPU instead of Docker.
     """
     options = options or PageOptions()
     values = {
@@ -134,22 +157,27 @@ def space_files(
         "models": "\n".join(f"- {name}" for name in (model, compare) if name is not None),
         "examples": f"read_examples({EXAMPLES!r})" if options.examples else "[]",
         "port": PORT,
-        "minutes": options.keep_seconds / 60,
+        "imports": ZERO_GPU_IMPORTS if zero_gpu else IMPORTS,
+        "serve": "serve_on_zero_gpu" if zero_gpu else "serve_page",
+        "sdk": ZERO_GPU_SDK if zero_gpu else SDK,
+        "kept": "after each reply" if zero_gpu else f"{options.keep_seconds / 60:g} minutes after your last turn",
         **{name: getattr(options, name) for name in ("megabytes", "seconds", "concurrency", "max_new_tokens")},
         "compare_name": options.compare_name,
     }
     texts = {
         "app.py": APP.format(**values),
-        "Dockerfile": DOCKERFILE,
         "README.md": README.format(**values),
-        "requirements.txt": "".join(f"{line}\n" for line in requirements()),
+        "requirements.txt": "".join(f"{line}\n" for line in requirements(ZERO_GPU_REQUIREMENTS if zero_gpu else ())),
         "empathic/__init__.py": "",
     }
+    if not zero_gpu:
+        texts["Dockerfile"] = DOCKERFILE
+    not_needed = NOT_NEEDED if zero_gpu else (*NOT_NEEDED, ZERO_GPU)
     files = {name: text.encode() for name, text in texts.items()}
     for pattern in SOURCES:
         for path in sorted(PACKAGE.glob(pattern)):
             name = path.relative_to(PACKAGE).as_posix()
-            if path.suffix in (".py", ".jinja", ".html", ".css", ".js") and name not in NOT_NEEDED:
+            if path.suffix in (".py", ".jinja", ".html", ".css", ".js") and name not in not_needed:
                 files[f"empathic/{name}"] = path.read_bytes()
     if options.examples:
         examples = example_files(list(options.examples))
@@ -157,8 +185,8 @@ def space_files(
     return files
 
 
-def requirements() -> list[str]:
-    """The requirements of the page, with the versions that this package needs."""
+def requirements(more: Sequence[str] = ()) -> list[str]:
+    """Return the requirements of the page, with the versions that this package needs, and `more` of them."""
     found = [Requirement(line) for line in requires("empathic") or []]
     needed = [line for line in found if line.marker is None or line.name in FURTHER]
-    return sorted({f"{line.name}{line.specifier}" for line in needed})
+    return sorted({*(f"{line.name}{line.specifier}" for line in needed), *more})

@@ -220,7 +220,7 @@ class Service:
         engine = self.engines[chat.model]
         if engine.is_full:
             raise self.too_many(engine)
-        if chat.options.logprobs is not None and not engine.decoder.gives_logprobs:
+        if chat.options.logprobs is not None and not engine.gives_logprobs:
             raise protocol.wrong("logprobs", True, "this server's backend reports none: leave it out.")
         clips = await self.clips(engine.processor, chat.media)
         events: asyncio.Queue = asyncio.Queue()
@@ -236,10 +236,11 @@ class Service:
         """Return the response to a request for an emotion."""
         name, text, media, if_idle = protocol.read_emotion(body, self.engines, self.limits)
         engine, skipped = self.engines[name], {"model": name, "skipped": True}
-        if not (media or (text and engine.processor.with_text)) or not engine.with_emotion:
-            reason = "without a clip" if engine.with_emotion else "on this server"
+        if not engine.with_emotion:
+            raise APIError(400, "This server names no emotion without a reply. Ask for a reply.", "content")
+        if not (media or (text and engine.processor.with_text)):
             raise APIError(
-                400, f"content: this model cannot name the emotion {reason}; give audio or video.", "content"
+                400, "content: this model cannot name the emotion without a clip; give audio or video.", "content"
             )
         # Clips that may be skipped are decoded one at a time, so that those of turns find a free process.
         if if_idle and (engine.is_busy or self.clips_looked_at):

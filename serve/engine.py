@@ -28,6 +28,20 @@ class QueueFull(Exception):
     """Too many requests wait."""
 
 
+def failure(error: Exception) -> Failed:
+    """Log why a reply failed; return what the client is told."""
+    if isinstance(error, BackendError):
+        logger.error("%s", error)
+        return Failed(502, "The backend could not generate the reply.", "backend_error")
+    logger.error("a reply failed", exc_info=error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return Failed(
+            503, "The GPU's memory is full. Send a shorter conversation or clip, or try again later.", "out_of_memory"
+        )
+    number = time.strftime("%H:%M:%S")
+    return Failed(500, f"The request could not be answered. The server's log has the reason, at {number}.")
+
+
 class LocalDecoder:
     """
     Generates replies with the model in this process, all of them one token at a time.
@@ -112,6 +126,11 @@ class Engine:
     def is_alive(self) -> bool:
         """Whether requests are answered."""
         return self._thread.is_alive() and not self._stopping
+
+    @property
+    def gives_logprobs(self) -> bool:
+        """Whether log-probabilities of tokens can be reported."""
+        return self.decoder.gives_logprobs
 
     @property
     def queue_length(self) -> int:
@@ -376,13 +395,7 @@ class Engine:
         self.decoder.end(reply)
 
     def _fail(self, request: Request | Look, error: Exception) -> None:
-        if isinstance(error, BackendError):
-            logger.error("%s", error)
-            request.emit(Failed(502, "The backend could not generate the reply.", "backend_error"))
-            return
-        logger.error("a reply failed", exc_info=error)
-        number = time.strftime("%H:%M:%S")
-        request.emit(Failed(500, f"The request could not be answered. The server's log has the reason, at {number}."))
+        request.emit(failure(error))
 
     def _show_state(self) -> None:
         metrics, cache = self.metrics, self.front.cache

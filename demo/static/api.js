@@ -1,13 +1,15 @@
 // The server's API: OpenAI's chat completions, with the extension `details`, and the emotion of clips alone.
 
+import { visitorHeaders } from "./visitor.js";
+
 export class ApiError extends Error {}
 
-async function post(path, body, signal) {
+async function post(path, body, signal, headers = {}) {
   let response;
   try {
     response = await fetch(path, {
       method: "POST",
-      headers: { "Content-Type": "application/json" },
+      headers: { ...headers, "Content-Type": "application/json" },
       body: JSON.stringify(body),
       signal,
     });
@@ -46,7 +48,8 @@ async function parts(text, clips) {
 export async function* ask({ model, history, text, clips, another, signal }) {
   const sampling = another ? { temperature: 1, top_p: 0.95 } : { temperature: 0 };
   const messages = [...history, { role: "user", content: await parts(text, clips) }];
-  const response = await post("v1/chat/completions", { model, messages, stream: true, details: true, ...sampling }, signal);
+  const body = { model, messages, stream: true, details: true, ...sampling };
+  const response = await post("v1/chat/completions", body, signal, await visitorHeaders());
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   let isDone = false;

@@ -49,8 +49,8 @@ function record(stream, kind, bits = {}) {
 export class Recording {
   /**
    * Start recording. `kind` is "audio" or "video"; `onLevel` gets the loudness (0 to 1) many times a second; `onLook`
-   * gets the emotion of the last seconds, or null when the server had no time; `onEnd` is called when the time is over
-   * or the device is gone. Throws the error of getUserMedia.
+   * gets the emotion of the last seconds, or null when the server had no time, and is null if nobody looks; `onEnd` is
+   * called when the time is over or the device is gone. Throws the error of getUserMedia.
    */
   static async start({ kind, model, seconds, onLevel, onLook, onEnd }) {
     const picture = { width: { ideal: 640 }, height: { ideal: 480 }, frameRate: { ideal: 15, max: 30 } };
@@ -76,8 +76,8 @@ export class Recording {
     this.looks = new AbortController();
     this.failed = 0;
     this.asking = false;
-    this.small = this.smaller();
-    this.next = setTimeout(() => this.look(), 0);
+    this.small = onLook && this.smaller();
+    this.next = onLook && setTimeout(() => this.look(), 0);
   }
 
   /** A small copy of the stream, so that looks cost little. */
@@ -117,7 +117,7 @@ export class Recording {
     this.looks.abort();
     for (const timer of [this.over, this.timer, this.next]) clearTimeout(timer);
     const blob = await this.recorder.stop();
-    for (const stream of [this.stream, this.small]) for (const track of stream.getTracks()) track.stop();
+    for (const stream of [this.stream, this.small]) for (const track of stream?.getTracks() ?? []) track.stop();
     this.context.close();
     return { kind: this.kind, blob, name: this.kind === "video" ? "recording of your face and voice" : "recording of your voice" };
   }

@@ -7,12 +7,14 @@ import { explain, Recording, utteranceEnd } from "./media.js";
 import { answerTo, canSpeak, hush, speak } from "./speech.js";
 import * as store from "./store.js";
 import { player, stageText, TurnView } from "./view.js";
+import { watchFrame } from "./visitor.js";
 
 const SAVE_EVERY = 1000; // milliseconds, while a reply grows
 const NEAR_END = 120; // pixels within which the conversation follows the reply
 
 const settings = await (await fetch("settings.json")).json();
 const options = { columns: [], speak: false, ...store.choices.read() };
+watchFrame(settings.quota_from);
 const views = new Map(); // id of a turn -> its view
 const urls = new Map(); // blob -> its URL
 const state = {
@@ -493,7 +495,7 @@ async function startRecording(kind) {
         showLevel(level);
         if (state.handsFree && state.recording && !state.running && isOver(level)) send();
       },
-      onLook: showLook,
+      onLook: settings.live_emotion ? showLook : null,
       onEnd: () => state.handsFree ? restart() : endRecording(),
     });
     $("live").replaceChildren();
@@ -617,7 +619,8 @@ function drawCards() {
   });
   $("cards").replaceChildren(...cards);
   const minutes = Math.max(1, Math.round(settings.keep_seconds / 60));
-  $("privacy").textContent = `The conversation is kept in this browser only. Clips are read and never stored on the server; what it has computed of a conversation is deleted ${minutes} minutes after the last message.`;
+  const end = settings.keep_seconds ? `${minutes} minutes after the last message` : "after each reply";
+  $("privacy").textContent = `The conversation is kept in this browser only. Clips are read and never stored on the server; what it has computed of a conversation is deleted ${end}.`;
   $("about").textContent = `The model is ${settings.model}. It answers with text; clips may have ${settings.limits.seconds} s and ${settings.limits.megabytes} MB.`;
 }
 

@@ -133,6 +133,8 @@ def test_the_model_before_epo_is_named_so():
     from empathic.demo.app import add_page
 
     class Engine:
+        with_emotion = True
+
         class processor:
             with_text = False
 
@@ -189,7 +191,8 @@ def test_a_space_runs_from_the_hub(base_folder, hub, recorded, tmp_path, capsys)
     needed = files["requirements.txt"].decode()
     for name in ("transformers", "fastapi", "uvicorn", "prometheus-client", "peft"):
         assert re.search(rf"^{name}[<>=]", needed, re.M), name
-    assert "pytest" not in needed and "gradio" not in needed
+    assert "pytest" not in needed and "gradio" not in needed and "spaces" not in needed
+    assert "empathic/demo/zero_gpu.py" not in files
     for name, content in files.items():
         path = tmp_path / "space" / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from empathic.chat import ChatSession
 from empathic.emotions import name_emotion
@@ -164,6 +165,13 @@ def test_an_error_ends_one_reply_and_not_the_server(engines, monkeypatch):
     assert local.finish(good)[0] == expected
     monkeypatch.setattr(local.decoder, "step", lambda replies: 1 / 0)
     assert local.finish(local.submit([], "hello"))[1].status == 500
+
+    def full(replies):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(local.decoder, "step", full)
+    event = local.finish(local.submit([], "hello"))[1]
+    assert (event.status, event.code) == (503, "out_of_memory") and "shorter" in event.message
     monkeypatch.undo()
     assert local.ask([], "hello")[0] == expected
 
