@@ -18,6 +18,7 @@ import torch
 from ..data_prep.views import conversations
 from ..trainers.samples import rebuild_sample
 from .generation import generate_texts
+from .memory_likelihood import likelihood
 from .memory_rates import names_and_numbers, plot_rates, rate_rows, rate_table
 from .metrics import bleu, content_recall, exact_match, words_of
 from .modules.bertscore.bert_similarity import BertScore
@@ -192,8 +193,8 @@ def evaluate_reconstruction(model, processor, rows, options: ReconstructionOptio
 
     Returns:
         `{"scores": {utterances: {...}}, "runs": {utterances: count}, "bertscore": description of the metric, or why it
-        is missing, "without": lengths without a run, "rates": rows of `rate_rows` for utterances rebuilt alone}`, and
-        `{"utterances", "id", "original", "rebuilt"}` rows.
+        is missing, "without": lengths without a run, "rates": rows of `rate_rows` for utterances rebuilt alone,
+        "likelihood": {utterances: result of `likelihood`}}`, and `{"utterances", "id", "original", "rebuilt"}` rows.
 
     Raises:
         ValueError: if there is no run of any of the lengths.
@@ -205,7 +206,7 @@ def evaluate_reconstruction(model, processor, rows, options: ReconstructionOptio
             about = scorer.description
         except RuntimeError as error:
             about = f"skipped: {error}"
-    table, counts, without, written, rates = {}, {}, [], [], []
+    table, counts, without, written, rates, likelihoods = {}, {}, [], [], [], {}
     for length in sorted(set(options.utterances)):
         runs = runs_of(rows, length)
         if options.max_runs is not None and len(runs) > options.max_runs:
@@ -227,13 +228,15 @@ def evaluate_reconstruction(model, processor, rows, options: ReconstructionOptio
         if scorer is not None:
             table[str(length)]["bertscore"] = scorer.score(answers, expected)
         counts[str(length)] = len(runs)
+        likelihoods[str(length)] = likelihood(model, processor, runs, options.batch_size)
         written += [
             {"utterances": length, "id": rebuild_sample(run)["id"], "original": original, "rebuilt": answer}
             for run, original, answer in zip(runs, expected, answers, strict=True)
         ]
     if not table:
         raise ValueError(f"No conversation has {min(options.utterances)} utterances; give a smaller number.")
-    return {"scores": table, "runs": counts, "bertscore": about, "without": without, "rates": rates}, written
+    found = {"scores": table, "runs": counts, "bertscore": about, "without": without, "rates": rates}
+    return {**found, "likelihood": likelihoods}, written
 
 
 def markdown(results: dict, written: list[dict], examples: int) -> str:
@@ -253,6 +256,15 @@ def markdown(results: dict, written: list[dict], examples: int) -> str:
         f"BERTScore: {results['bertscore']}. BLEU: sacrebleu, cased, tokenization 13a. Content words: all but function "
         "words of English. The paper does not say how many utterances its published row rebuilds at once.",
     ]  # fmt: skip
+    if nats := {length: row for length, row in results.get("likelihood", {}).items() if row}:
+        lines.append(
+            "What the vectors tell: nats per token of the original texts, given their own vectors and given those of "
+            "another run.\n\n| utterances | own | another's | difference |\n| ---: | ---: | ---: | ---: |\n"
+            + "\n".join(
+                f"| {length} | {row['own']:.3f} | {row['other']:.3f} | {row['other'] - row['own']:.3f} |"
+                for length, row in nats.items()
+            )
+        )
     if results.get("rates"):
         lines.append(
             "Utterances rebuilt alone, by the number of memory vectors for each token of the language model. Names and "

@@ -9,6 +9,7 @@ from datasets import load_dataset
 from empathic.cli import main as cli
 from empathic.evaluation import reconstruction as r
 from empathic.evaluation.generation import generate_texts
+from empathic.evaluation.memory_likelihood import _others, likelihood
 from empathic.trainers.samples import rebuild_sample
 
 
@@ -109,11 +110,32 @@ def test_the_command_writes_table_texts_and_examples(base_folder, recordings, ro
     assert "| published (MultiDialog, test_freq) | | 0.848 | 0.679 | 0.969 |" in report
     assert report.count("| original | rebuilt |") == 4 and "long enough for: 9" in report
     assert "layer 2, F1" in report and "5 runs" in capsys.readouterr().out
+    assert "nats per token" in report and all(row["own"] > 0 for row in results["likelihood"].values())
     assert results["rates"][0]["utterances"] == 5 and results["rates"][0]["vectors"] == 1.0
     assert "vectors per token" in report and (out / "reconstruction.png").is_file()
     # The same seed gives the same table.
     assert cli([*command, *options[:4], "--output", str(tmp_path / "again"), "--compare", str(out)]) == 0
     assert json.loads((tmp_path / "again" / "reconstruction.json").read_text())["scores"] == results["scores"]
+
+
+def test_the_likelihood_under_own_and_other_vectors(model, processor):
+    texts = ["hello there", "how are you", "i am fine thanks"]
+    runs = [[{"speaker": "clara", "text": text, "corpus": "c", "dialogue_id": text, "turn": 0}] for text in texts]
+    found = likelihood(model.eval(), processor, runs, batch_size=8)
+    totals, tokens = {"own": 0.0, "other": 0.0}, 0
+    for place, text in enumerate(texts):
+        target = processor.encode_reply(f"clara: {text}")
+        for name, said in (("own", text), ("other", texts[(place + 1) % 3])):
+            inputs = processor.pad([processor.prepare([{"role": "user", "name": "clara", "content": said}], "memory")])
+            ids = torch.cat([inputs.pop("input_ids"), torch.tensor([target])], dim=1)
+            del inputs["attention_mask"]
+            with torch.no_grad():
+                scores = model(input_ids=ids, **inputs).logits[0, -len(target) - 1 : -1].log_softmax(-1)
+            totals[name] -= scores[range(len(target)), target].sum().item()
+        tokens += len(target)
+    assert found == pytest.approx({name: total / tokens for name, total in totals.items()}, rel=1e-4)
+    assert likelihood(model, processor, runs[:1]) is None
+    assert _others([1, 2, 1, 1, 2, 3]) == [2, 4, 3, 0, 1, 5]
 
 
 def test_bertscore_is_left_out_where_its_model_is_not(base_folder, recordings, tmp_path, capsys):
