@@ -35,11 +35,16 @@ def likelihood(model, processor, runs: Sequence[list[dict]], batch_size: int = 3
         others = _others(read.sum(1).tolist())
         there = labels != IGNORE_INDEX
         there[[row for row, other in enumerate(others) if other == row]] = False
+        columns = there.any(0).nonzero().squeeze(1)
+        if not len(columns):
+            continue
+        chosen = there[:, columns]
+        targets = labels[:, columns][chosen]
         for name, order in (("own", list(range(len(others)))), ("other", others)):
             memory = {key: inputs[key][order] for key in ("memory_input_ids", "memory_attention_mask")}
-            logits = model(**{**inputs, **memory}).logits[:, :-1][there].float()
-            sums[name] += torch.nn.functional.cross_entropy(logits, labels[there], reduction="sum").item()
-        tokens += int(there.sum())
+            logits = model(**{**inputs, **memory}, logits_to_keep=columns).logits[chosen].float()
+            sums[name] += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+        tokens += len(targets)
     return {name: total / tokens for name, total in sums.items()} if tokens else None
 
 
