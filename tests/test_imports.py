@@ -15,7 +15,7 @@ LAYERS = (
     ("Hub", ("hub",)),
     ("training", ("trainers", "baselines")),
     ("evaluation", ("evaluation",)),
-    ("conversation", ("chat", "clip_limits", "emotions", "hosts", "demo", "serve")),
+    ("conversation", ("chat", "clip_limits", "decoding", "emotions", "hosts", "demo", "serve")),
     ("programs", ("quickstart", "tiny", "benchmarks", "recipes", "chat_templates")),
     ("commands", ("commands", "cli")),
 )
