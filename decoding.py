@@ -13,6 +13,12 @@ def can_decode(config: GenerationConfig) -> bool:
     return not (config.return_dict_in_generate or config.prefill_chunk_size or config.stop_strings)
 
 
+def next_logits(model, token: torch.LongTensor, cache) -> torch.Tensor:
+    """Process a token (1, 1) after those in the cache, and return the logits (1, vocabulary) of the next one."""
+    states = model.get_decoder()(inputs_embeds=model.get_input_embeddings()(token), use_cache=True, **{CACHE: cache})
+    return model.lm_head(states.last_hidden_state[:, -1])
+
+
 def decode_one(
     model,
     input_ids: torch.LongTensor,
@@ -37,7 +43,6 @@ def decode_one(
         `input_ids` and the new tokens (1, length).
     """
     cache, media = model_kwargs[CACHE], {key: value for key, value in model_kwargs.items() if key in MEDIA_KEYS}
-    decoder, embed = model.get_decoder(), model.get_input_embeddings()
     new = input_ids[:, cache.get_seq_length() :]
     logits = model(input_ids=new, use_cache=True, logits_to_keep=1, **{CACHE: cache}, **media).logits[:, -1]
     while True:
@@ -53,8 +58,7 @@ def decode_one(
             streamer.put(token[0].cpu())
         if stopping_criteria(input_ids, ()).all():
             break
-        states = decoder(inputs_embeds=embed(token), use_cache=True, **{CACHE: cache}).last_hidden_state
-        logits = model.lm_head(states[:, -1])
+        logits = next_logits(model, token, cache)
     if streamer is not None:
         streamer.end()
     return input_ids

@@ -26,15 +26,15 @@ from ..data_prep.views import DialogueSamples
 from ..evaluation.emotion_features import EmotionFeatures
 from ..evaluation.generation import generate_texts
 from ..evaluation.metrics import dist_1, emotion_scores, words_of
+from ..evaluation.quickstart_results import paired_difference
 from ..evaluation.replies import conversation_of
-from ..evaluation.statistics_of_replies import compare_means, mean_interval
+from ..evaluation.statistics_of_replies import mean_interval
+from ..evaluation.tables import reward_row
 from ..files import held_folder, write_json
 from ..processing_empathic import EmpathicProcessor
 from ..quickstart import pick
 from ..trainers import train
 from ..trainers.checkpoints.stage_folder import load_model
-from ..trainers.epo_config import EPOConfig
-from ..trainers.epo_trainer import EPOTrainer
 from ..trainers.samples import dialogue_sample
 from .efficiency_options import positive
 from .efficiency_report import table
@@ -75,30 +75,20 @@ class Judge:
 
     Args:
         options: the options of the command line.
+        samples: the held-out turns to answer, items of `DialogueSamples`.
     """
 
-    def __init__(self, options: argparse.Namespace):
-        self.options = options
-        self.samples = pick(DialogueSamples(load_dataset(options.data, split="test")), options.samples)
+    def __init__(self, options: argparse.Namespace, samples: Sequence[dict]):
+        self.options, self.samples = options, samples
         self.pairs = list(load_dataset(options.pairs, split="validation"))
-        self.references = [sample["reply"] for sample in self.samples]
+        self.references = [sample["reply"] for sample in samples]
         self.features = EmotionFeatures(options.classifier, pooling=options.pooling)
 
     def __call__(self, folder: str, seed: int, scratch: Path) -> dict:
         """Return the rewards of the pairs, and the replies with their scores, each way."""
         options = self.options
         model, processor = load_model(folder).to(torch.bfloat16), EmpathicProcessor.from_pretrained(folder)
-        arguments = EPOConfig(
-            output_dir=str(scratch),
-            per_device_eval_batch_size=8,
-            history=options.history,
-            report_to="none",
-            disable_tqdm=True,
-        )
-        rewards = EPOTrainer(
-            model=model, args=arguments, eval_dataset=self.pairs, processing_class=processor
-        ).evaluate()
-        found = {"reward_accuracy": rewards["eval_rewards/accuracies"], "margin": rewards["eval_rewards/margins"]}
+        found = reward_row(model, processor, self.pairs, scratch, batch_size=8, history=options.history)
         prompts = [dialogue_sample(sample, options.history, True)["messages"] for sample in self.samples]
         for way, how in WAYS.items():
             torch.manual_seed(seed)
@@ -120,13 +110,16 @@ class Judge:
 def compare(results: dict[str, list[dict]], conversations: list) -> dict:
     """For each two arms and each way, the difference of EmotionScore, with each reply's mean over the seeds."""
     found = {}
-    for ours, theirs in COMPARED:
+    for first, second in COMPARED:
         for way in WAYS:
-            a, b = (np.mean([one[way]["scores"] for one in results[arm]], axis=0) for arm in (ours, theirs))
-            compared = compare_means(a, b, conversations)
-            difference = {key: getattr(compared.difference, key) for key in ("value", "low", "high")}
-            found[f"{ours} - {theirs}, {way}"] = {**difference, "p_value": compared.p_value}
+            compared = paired_difference(_means(results[first], way), _means(results[second], way), conversations)
+            found[f"{first} - {second}, {way}"] = {**compared["difference"], "p_value": compared["p_value"]}
     return found
+
+
+def _means(runs: list[dict], way: str) -> np.ndarray:
+    """The EmotionScore of each reply, the mean over the seeds."""
+    return np.mean([run[way]["scores"] for run in runs], axis=0)
 
 
 def report(results: dict[str, list[dict]], comparisons: dict) -> str:
@@ -156,6 +149,8 @@ def run(options: argparse.Namespace, further: list[str]) -> dict:
     processor = EmpathicProcessor.from_pretrained(base)
     tokens = tokens_of_a_row(processor, list(load_dataset(options.pairs, split="train")), options.history)
     steps = dict.fromkeys(ARMS, options.steps) | {"listwise": equal_steps(tokens, options.steps)}
+    samples = pick(DialogueSamples(load_dataset(options.data, split="test")), options.samples)
+    conversations = [conversation_of({"id": sample_id(sample)}) for sample in samples]
     judge, results = None, {}
     for arm in (BASE, *ARMS):
         results[arm] = []
@@ -167,18 +162,16 @@ def run(options: argparse.Namespace, further: list[str]) -> dict:
                 train.main([*arguments, "--seed", str(seed), *ARMS[arm], *further])
             file = root / f"{arm}_{seed}.json"
             if not file.is_file():
-                judge = judge or Judge(options)
+                judge = judge or Judge(options, samples)
                 write_json(file, judge(folder, seed, root / "scratch"))
             results[arm].append(json.loads(file.read_text(encoding="utf-8")))
-    samples = pick(DialogueSamples(load_dataset(options.data, split="test")), options.samples)
-    comparisons = compare(results, [conversation_of({"id": sample_id(sample)}) for sample in samples])
+    comparisons = compare(results, conversations)
     print(report(results, comparisons))
     short = {arm: [_without_texts(run) for run in runs] for arm, runs in results.items()}
     intervals = {}
     for arm, runs in results.items():
         for way in WAYS:
-            means = np.mean([one[way]["scores"] for one in runs], axis=0)
-            interval = mean_interval(means, [conversation_of({"id": sample_id(sample)}) for sample in samples])
+            interval = mean_interval(_means(runs, way), conversations)
             intervals[f"{arm}, {way}"] = {key: getattr(interval, key) for key in ("value", "low", "high")}
     return {
         "tokens_of_a_row": tokens,

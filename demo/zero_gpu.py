@@ -13,7 +13,6 @@ import os
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -29,11 +28,11 @@ from starlette.requests import Request as HTTPRequest
 
 from ..hosts import host_names
 from ..serve.app import build_app
-from ..serve.engine import ENDING, Engine, LocalDecoder, QueueFull, failure
+from ..serve.engine import ENDING, Engine, LocalDecoder, RequestQueue, failure
 from ..serve.metrics import Metrics
 from ..serve.prefix_cache import PrefixCache
 from ..serve.prompts import FrontEnd, History, Utterance
-from ..serve.replies import Done, Failed, Options, Progress, Request
+from ..serve.replies import Done, Failed, Options, Request
 from .app import QUEUE, PageOptions, add_page, build_service
 
 HUGGING_FACE = "https://huggingface.co"
@@ -43,7 +42,7 @@ START_SECONDS = 15  # to move the weights and to encode the clips
 TOKENS_PER_SECOND = 20
 UTTERANCES_PER_SECOND = 20
 MOST_SECONDS = 120
-# Titles of the errors of `spaces`, and what the client is told.
+# Titles of the errors of `spaces`: status, remedy and code of the API's error.
 ERRORS = {
     "ZeroGPU quota exceeded": (429, "Log in to Hugging Face, or try again later.", "insufficient_quota"),
     "ZeroGPU pending credits exceeded": (429, "Wait for your other turns, and try again.", "insufficient_quota"),
@@ -92,7 +91,7 @@ def answering_function(model, processor, max_memories: int | None) -> Callable[.
 
 
 def zero_gpu_failure(error: Exception) -> Failed:
-    """Return what the client is told of an error, also of those that `spaces` raises."""
+    """Return the API's error for an exception, including the exceptions of `spaces`."""
     title, message = getattr(error, "title", ""), str(getattr(error, "message", "")).strip()
     if title not in ERRORS or message == "OutOfMemoryError":
         return failure(torch.OutOfMemoryError(message) if message == "OutOfMemoryError" else error)
@@ -100,7 +99,7 @@ def zero_gpu_failure(error: Exception) -> Failed:
     return Failed(status, f"{message.rstrip('.')}. {remedy}", code)
 
 
-class ZeroGPUEngine:
+class ZeroGPUEngine(RequestQueue):
     """
     Answers each request with a call of a function that runs on ZeroGPU; for the application it is like an `Engine`.
 
@@ -116,15 +115,11 @@ class ZeroGPUEngine:
     gives_logprobs, with_emotion = True, False
 
     def __init__(self, answer: Callable[..., Generator], processor, concurrency: int = 1, max_queue: int = QUEUE):
+        super().__init__(concurrency, max_queue, reply_seconds=10.0)
         self.processor, self.metrics = processor, Metrics()
-        self.concurrency, self.max_queue = concurrency, max_queue
         self._answer = answer
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="reply")
-        self._changed = threading.Lock()
-        self._waiting: deque[Request] = deque()
-        self._running = 0
-        self._stopping = False
-        self._reply_seconds = 10.0  # a moving average
+        self._answered = 0
 
     def start(self) -> None:
         """Do nothing: the threads start with the first requests."""
@@ -143,55 +138,17 @@ class ZeroGPUEngine:
         return not self._stopping
 
     @property
-    def queue_length(self) -> int:
-        """The number of requests that wait."""
-        return len(self._waiting)
-
-    @property
-    def capacity(self) -> int:
-        """The number of requests that may wait or be answered at once."""
-        return self.max_queue + self.concurrency
-
-    @property
-    def is_full(self) -> bool:
-        """Whether no further request may wait."""
-        return self.queue_length >= self.max_queue
-
-    @property
     def is_busy(self) -> bool:
         """Whether a request waits or is answered."""
         return bool(self._waiting or self._running)
 
-    def seconds_to_wait(self) -> float:
-        """Estimate after how many seconds a new request would begin."""
-        return self._reply_seconds * (1 + self.queue_length / self.concurrency)
+    @property
+    def _running(self) -> int:
+        return self._answered
 
-    def submit(self, request: Request) -> None:
-        """
-        Take a request; its events come through `request.emit`.
-
-        Raises:
-            QueueFull: if too many requests wait.
-        """
-        with self._changed:
-            if self._stopping:
-                request.emit(ENDING)
-                return
-            if self.is_full:
-                raise QueueFull
-            self._waiting.append(request)
-            if self._running >= self.concurrency:
-                self._show_places()
-            # In the context of the HTTP request, where `spaces` looks for the visitor.
-            self._threads.submit(copy_context().run, self._take)
-
-    def _show_places(self) -> None:
-        """Tell those who wait how many requests are before theirs, if that has changed."""
-        for place, request in enumerate(self._waiting):
-            ahead = self._running + place
-            if request.details and ahead != request.ahead:
-                request.ahead = ahead
-                request.emit(Progress("waiting", ahead))
+    def _begin_soon(self) -> None:
+        # In the context of the HTTP request, where `spaces` looks for the visitor.
+        self._threads.submit(copy_context().run, self._take)
 
     def _take(self) -> None:
         """Answer the request that waits longest."""
@@ -199,18 +156,18 @@ class ZeroGPUEngine:
             if not self._waiting:  # stopped
                 return
             request = self._waiting.popleft()
-            self._running += 1
+            self._answered += 1
             self._show_places()
         began = time.monotonic()
         try:
             if not request.cancelled:
                 self._reply(request)
-                self._reply_seconds += 0.2 * (time.monotonic() - began - self._reply_seconds)
+                self._note_seconds(time.monotonic() - began)
         except Exception as error:
             request.emit(zero_gpu_failure(error))
         finally:
             with self._changed:
-                self._running -= 1
+                self._answered -= 1
 
     def _reply(self, request: Request) -> None:
         # As arrays: tensors would be pickled as shared memory, of which containers have little.

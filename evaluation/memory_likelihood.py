@@ -1,15 +1,14 @@
 """How much the memory vectors of utterances tell a language model about them."""
 
+import tempfile
 from collections.abc import Sequence
 
-import torch
 from tqdm import tqdm
 
-from ..trainers.losses import IGNORE_INDEX
-from ..trainers.samples import StageCollator, rebuild_sample
+from ..trainers.samples import rebuild_sample
+from .contrast.likelihood import ReplyScorer
 
 
-@torch.inference_mode()
 def likelihood(model, processor, runs: Sequence[list[dict]], batch_size: int = 32) -> dict[str, float] | None:
     """
     Compute how likely the texts of runs of utterances are, given their memory vectors and given those of others.
@@ -24,27 +23,23 @@ def likelihood(model, processor, runs: Sequence[list[dict]], batch_size: int = 3
         The mean negative log-likelihoods in nats per token: `own`, and `other`, with the vectors of another run that
         has as many. None if no two runs of a batch have as many vectors.
     """
-    collator = StageCollator(processor, clips=False)
-    samples = [{**rebuild_sample(run), "history": "memory", "seed": None} for run in runs]
     sums, tokens = {"own": 0.0, "other": 0.0}, 0
-    model.eval()
-    for start in tqdm(range(0, len(samples), batch_size), "likelihood", leave=False):
-        batch = collator(samples[start : start + batch_size])
-        inputs = {key: value.to(model.device) for key, value in batch.items() if torch.is_tensor(value)}
-        labels, read = inputs.pop("labels")[:, 1:], inputs["memory_input_ids"] == processor.mem_token_id
-        others = _others(read.sum(1).tolist())
-        there = labels != IGNORE_INDEX
-        there[[row for row, other in enumerate(others) if other == row]] = False
-        columns = there.any(0).nonzero().squeeze(1)
-        if not len(columns):
-            continue
-        chosen = there[:, columns]
-        targets = labels[:, columns][chosen]
-        for name, order in (("own", list(range(len(others)))), ("other", others)):
-            memory = {key: inputs[key][order] for key in ("memory_input_ids", "memory_attention_mask")}
-            logits = model(**{**inputs, **memory}, logits_to_keep=columns).logits[chosen].float()
-            sums[name] += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
-        tokens += len(targets)
+    with tempfile.TemporaryDirectory() as folder:
+        scorer = ReplyScorer(model, processor, folder)
+        for start in tqdm(range(0, len(runs), batch_size), "likelihood", leave=False):
+            samples = [rebuild_sample(run) for run in runs[start : start + batch_size]]
+            prepared = [processor.prepare(sample["messages"], "memory") for sample in samples]
+            others = _others([prompt["memory_input_ids"].count(processor.mem_token_id) for prompt in prepared])
+            rows = [row for row, other in enumerate(others) if other != row]
+            if not rows:
+                continue
+            targets = [samples[row]["target"] for row in rows]
+            for name, reads in (("own", rows), ("other", [others[row] for row in rows])):
+                memories = ({"memory_input_ids": prepared[read]["memory_input_ids"]} for read in reads)
+                prompts = [prepared[row] | memory for row, memory in zip(rows, memories, strict=True)]
+                scores = scorer.scores(prompts, [[target] for target in targets])
+                sums[name] -= sum(score for [(score, _)] in scores)
+            tokens += sum(count for [(_, count)] in scores)
     return {name: total / tokens for name, total in sums.items()} if tokens else None
 
 

@@ -117,10 +117,15 @@ def compare_seeds(
     a, b = scores(epo), scores(control)
     groups = dict.fromkeys(("emotion_score", "emotion_score_sampled"), conversations)
     for name, who in {**groups, "recall": [conversations[place] for place in asked]}.items():
-        compared = compare_means(a[name], b[name], who)
-        difference = {key: getattr(compared.difference, key) for key in ("value", "low", "high")}
-        found[name] |= {"difference": difference, "p_value": compared.p_value}
+        found[name] |= paired_difference(a[name], b[name], who)
     return found
+
+
+def paired_difference(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, conversations) -> dict:
+    """`difference` of the means with the ends of its 95% interval, and `p_value`; arguments as of `compare_means`."""
+    compared = compare_means(a, b, conversations)
+    difference = {key: getattr(compared.difference, key) for key in ("value", "low", "high")}
+    return {"difference": difference, "p_value": compared.p_value}
 
 
 def seed_cells(row: Mapping) -> list:

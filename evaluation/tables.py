@@ -37,7 +37,9 @@ def reply_row(replies: list[str], references: list[str], features) -> dict[str, 
     }
 
 
-def preference_metrics(model, processor, pairs, output_dir: str | Path, batch_size: int = 16) -> dict[str, float]:
+def preference_metrics(
+    model, processor, pairs, output_dir: str | Path, batch_size: int = 16, history: str = "memory"
+) -> dict[str, float]:
     """
     Evaluate preference rows with the default settings of EPO (`beta` 2); return the trainer's metrics, such as
     `eval_rewards/margins`, and `eval_logps/rejected` in nats per token.
@@ -45,25 +47,32 @@ def preference_metrics(model, processor, pairs, output_dir: str | Path, batch_si
     Args:
         pairs: preference rows of held-out conversations.
         output_dir: scratch folder for the trainer.
+        history: how the prompts have the earlier turns, "memory" or "text".
     """
     arguments = EPOConfig(
-        output_dir=str(output_dir), per_device_eval_batch_size=batch_size, report_to="none", disable_tqdm=True
+        output_dir=str(output_dir),
+        per_device_eval_batch_size=batch_size,
+        history=history,
+        report_to="none",
+        disable_tqdm=True,
     )
     return EPOTrainer(model=model, args=arguments, eval_dataset=pairs, processing_class=processor).evaluate()
 
 
-def reward_row(model, processor, pairs, output_dir: str | Path, batch_size: int = 16) -> dict[str, float]:
+def reward_row(
+    model, processor, pairs, output_dir: str | Path, batch_size: int = 16, history: str = "memory"
+) -> dict[str, float]:
     """
     Compute how often, and by what margin, the reward of Eq. 1 prefers the true reply. Arguments as in
     `preference_metrics`.
     """
-    metrics = preference_metrics(model, processor, pairs, output_dir, batch_size)
+    metrics = preference_metrics(model, processor, pairs, output_dir, batch_size, history)
     return {"reward_accuracy": metrics["eval_rewards/accuracies"], "margin": metrics["eval_rewards/margins"]}
 
 
 def reply_warnings(name: str, system: Mapping, effect: str) -> list[str]:
     """
-    What a reader of a table must know about a system's empty replies and notes.
+    Return the warnings about a system's empty replies and notes.
 
     Args:
         name: the system's name.

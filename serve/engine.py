@@ -29,7 +29,7 @@ class QueueFull(Exception):
 
 
 def failure(error: Exception) -> Failed:
-    """Log why a reply failed; return what the client is told."""
+    """Log why a reply failed, and return the API's error."""
     if isinstance(error, BackendError):
         logger.error("%s", error)
         return Failed(502, "The backend could not generate the reply.", "backend_error")
@@ -78,7 +78,83 @@ class LocalDecoder:
         """Interrupt a step that waits."""
 
 
-class Engine:
+class RequestQueue:
+    """
+    The requests that wait for an engine, and what their clients are told of it. An engine inherits it.
+
+    Args:
+        at_once: the maximum number of replies at once.
+        max_queue: the maximum number of requests that wait.
+        reply_seconds: the first estimate of the seconds of a reply.
+    """
+
+    def __init__(self, at_once: int, max_queue: int, reply_seconds: float):
+        self.at_once, self.max_queue = at_once, max_queue
+        self._waiting: deque[Request] = deque()
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._reply_seconds = reply_seconds  # a moving average
+
+    @property
+    def queue_length(self) -> int:
+        """The number of requests that wait."""
+        return len(self._waiting)
+
+    @property
+    def capacity(self) -> int:
+        """The number of requests that may wait or be answered at once."""
+        return self.max_queue + self.at_once
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no further request may wait."""
+        return self.queue_length >= self.max_queue
+
+    def seconds_to_wait(self) -> float:
+        """Estimate after how many seconds a new request would begin."""
+        return self._reply_seconds * (1 + self.queue_length / self.at_once)
+
+    def submit(self, request: Request) -> None:
+        """
+        Take a request; its events come through `request.emit`.
+
+        Raises:
+            QueueFull: if too many requests wait.
+        """
+        with self._changed:
+            if self._stopping:
+                request.emit(ENDING)
+                return
+            if self.is_full:
+                raise QueueFull
+            self._waiting.append(request)
+            if self._running >= self.at_once:
+                self._show_places()
+            self._begin_soon()
+
+    @property
+    def _running(self) -> int:
+        """The number of requests that are answered."""
+        raise NotImplementedError
+
+    def _begin_soon(self) -> None:
+        """See to it that the request that was submitted will be answered. The queue is locked meanwhile."""
+        raise NotImplementedError
+
+    def _show_places(self) -> None:
+        """Send each waiting request the number of requests before it, if that has changed."""
+        for place, request in enumerate(self._waiting):
+            ahead = self._running + place
+            if request.details and ahead != request.ahead:
+                request.ahead = ahead
+                request.emit(Progress("waiting", ahead))
+
+    def _note_seconds(self, seconds: float) -> None:
+        """Take the seconds of a reply into the estimate."""
+        self._reply_seconds += 0.2 * (seconds - self._reply_seconds)
+
+
+class Engine(RequestQueue):
     """
     Answers requests, several at once.
 
@@ -91,20 +167,16 @@ class Engine:
     """
 
     def __init__(self, front: FrontEnd, decoder, metrics: Metrics, max_queue: int = 64, with_emotion: bool = True):
-        self.front, self.decoder, self.metrics = front, decoder, metrics
-        self.max_queue, self.with_emotion = max_queue, with_emotion
+        super().__init__(decoder.max_batch, max_queue, reply_seconds=1.0)
+        self.front, self.decoder, self.metrics, self.with_emotion = front, decoder, metrics, with_emotion
         self.model, self.processor = front.model, front.processor
         limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
         self.max_positions = limit or 1 << 31
         self._decode = WrittenDecoder(self.processor.tokenizer)
-        self._waiting: deque[Request] = deque()
         self._looks: deque[Look] = deque()
         self._beginning: list[Request] = []  # their first token is not there yet
         self._tasks: deque[Steps[None]] = deque()
         self._replies: list[Reply] = []
-        self._changed = threading.Condition()
-        self._stopping = False
-        self._reply_seconds = 1.0  # a moving average
         kept = front.cache.max_seconds
         self._seconds_between_sweeps = None if kept is None else min(kept / 2, MOST_BETWEEN_SWEEPS)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -132,42 +204,9 @@ class Engine:
         """Whether log-probabilities of tokens can be reported."""
         return self.decoder.gives_logprobs
 
-    @property
-    def queue_length(self) -> int:
-        """The number of requests that wait."""
-        return len(self._waiting)
-
-    @property
-    def capacity(self) -> int:
-        """The number of requests that may wait or be answered at once."""
-        return self.max_queue + self.decoder.max_batch
-
-    def seconds_to_wait(self) -> float:
-        """Estimate after how many seconds a new request would begin."""
-        return self._reply_seconds * (1 + self.queue_length / self.decoder.max_batch)
-
-    @property
-    def is_full(self) -> bool:
-        """Whether no further request may wait."""
-        return self.queue_length >= self.max_queue
-
     def submit(self, request: Request) -> None:
-        """
-        Take a request; its events come through `request.emit`.
-
-        Raises:
-            QueueFull: if too many requests wait.
-        """
-        with self._changed:
-            if self._stopping:
-                request.emit(ENDING)
-                return
-            if self.is_full:
-                raise QueueFull
-            self._waiting.append(request)
-            if self._running >= self.decoder.max_batch:
-                self._show_places()
-            self._changed.notify_all()
+        """See `RequestQueue`."""
+        super().submit(request)
         self.decoder.wake()
 
     def look(self, look: Look) -> None:
@@ -199,13 +238,8 @@ class Engine:
     def _running(self) -> int:
         return len(self._replies) + len(self._beginning)
 
-    def _show_places(self) -> None:
-        """Tell those who wait how many requests are before theirs, if that has changed."""
-        for place, request in enumerate(self._waiting):
-            ahead = self._running + place
-            if request.details and ahead != request.ahead:
-                request.ahead = ahead
-                request.emit(Progress("waiting", ahead))
+    def _begin_soon(self) -> None:
+        self._changed.notify_all()
 
     # ------------------------------------------------------------------ the thread
 
@@ -241,7 +275,7 @@ class Engine:
 
     def _encode_waiting(self) -> None:
         """Encode the clips of the requests that can begin, all in one pass."""
-        free = self.decoder.max_batch - self._running
+        free = self.at_once - self._running
         with self._changed:
             chosen = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
             self._beginning += chosen
@@ -337,7 +371,7 @@ class Engine:
         request, prompt = reply.request, reply.prompt
         self._remove(reply)
         self.metrics.completion_tokens.inc(reply.count)
-        self._reply_seconds += 0.2 * (time.monotonic() - reply.started - self._reply_seconds)
+        self._note_seconds(time.monotonic() - reply.started)
         history = request.history.plus(request.turn, Utterance("assistant", None, reply.stops.sent))
         try:
             felt = reply.felt or self._feel(request.turn.text, reply.items)

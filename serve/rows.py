@@ -19,6 +19,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..compat_empathic import CACHE
+from ..decoding import next_logits
 
 ROWS_AT_ONCE = 4
 IMPLEMENTATION = "empathic_rows"
@@ -90,12 +91,8 @@ def decode(model, tokens: Sequence[int], caches: Sequence[DynamicCache], max_row
     """
     decoder, embed, device = model.model.language_model, model.get_input_embeddings(), model.device
     if max_rows == 1 or not decodes_in_batches(model):
-        logits = []
-        for token, cache in zip(tokens, caches, strict=True):
-            embeddings = embed(torch.tensor([[token]], device=device))
-            outputs = decoder(inputs_embeds=embeddings, use_cache=True, **{CACHE: cache})
-            logits.append(model.lm_head(outputs.last_hidden_state[:, -1]))
-        return torch.cat(logits)
+        ids = torch.tensor(tokens, device=device)[:, None, None]
+        return torch.cat([next_logits(model, token, cache) for token, cache in zip(ids, caches, strict=True)])
     rows = -(-len(tokens) // ROWS_AT_ONCE) * ROWS_AT_ONCE if device.type == "cpu" else max_rows
     filling = [0] * (rows - len(tokens))
     ids = torch.tensor([*tokens, *filling], device=device)[:, None]

@@ -67,8 +67,8 @@ def test_the_reply_stops_where_that_of_generate_does(model, processor, monkeypat
         options["stopping_criteria"] = [criterion]
     else:
         options |= stops
-    ours, theirs = (generated(model, processor, options, monkeypatch, own=own) for own in (True, False))
-    assert torch.equal(ours, theirs) and len(ours) <= len(first)
+    found, expected = (generated(model, processor, options, monkeypatch, own=own) for own in (True, False))
+    assert torch.equal(found, expected) and len(found) <= len(first)
 
 
 def generated(model, processor, options, monkeypatch, own=True):

@@ -56,7 +56,7 @@ class ReplyScorer(PackedTrainer):
                 reply = processor.encode_reply(text)
                 labels = [IGNORE_INDEX] * len(prompt["input_ids"]) + reply
                 rows.append({**_NO_MEDIA, "input_ids": prompt["input_ids"] + reply, "labels": labels})
-        media = processor.pad(list(prepared), padding_side="right", all_modalities=True)
+        media = processor.pad(list(prepared), padding_side="right")
         inputs = {
             **processor.pad(rows, padding_side="right"),
             **{key: value for key, value in media.items() if key not in _TEXT},

@@ -1,6 +1,10 @@
-"""A page in this process, for the tests that need no browser."""
+"""A page in this process, for the tests that need no browser; and Spaces in processes of their own."""
 
+import os
+import subprocess
+import sys
 import threading
+from contextlib import contextmanager
 
 import pytest
 
@@ -53,3 +57,39 @@ def serve_page(base_folder):
     yield start
     for page in pages:
         page.close()
+
+
+@pytest.fixture
+def run_space(tmp_path, hub):
+    """
+    A context manager (files of a Space, port, a text) that runs the Space from its files, with this port, and gives
+    what it has printed up to the line with the text.
+    """
+
+    @contextmanager
+    def run(files, port, until):
+        folder = tmp_path / "space"
+        for name, content in files.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content.replace(b"port=7860", f"port={port}".encode()) if name == "app.py" else content)
+        code = "import runpy, empathic.chat; print(empathic.chat.__file__, flush=True); "
+        code += "runpy.run_path('app.py', run_name='__main__')"
+        environment = {**os.environ, **hub.environment(tmp_path / "home")}
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+        )
+        try:
+            printed = ""
+            while until not in printed:
+                line = process.stdout.readline()
+                assert line, printed
+                printed += line
+            assert printed.startswith(str(folder))  # it needs no installed package
+            yield printed
+        finally:
+            process.kill()
+            process.wait(60)
+            process.stdout.close()
+
+    return run

@@ -1,11 +1,8 @@
 """The page without a browser: its files, its examples, and the Space."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import httpx2
@@ -156,7 +153,7 @@ def test_the_model_before_epo_is_named_so():
 # ------------------------------------------------------------------------------------------------------------ Space
 
 
-def test_a_space_runs_from_the_hub(base_folder, hub, recorded, tmp_path, capsys):
+def test_a_space_runs_from_the_hub(base_folder, hub, recorded, run_space, capsys):
     import yaml
     from hub_server import USER
 
@@ -193,25 +190,7 @@ def test_a_space_runs_from_the_hub(base_folder, hub, recorded, tmp_path, capsys)
         assert re.search(rf"^{name}[<>=]", needed, re.M), name
     assert "pytest" not in needed and "gradio" not in needed and "spaces" not in needed
     assert "empathic/demo/zero_gpu.py" not in files
-    for name, content in files.items():
-        path = tmp_path / "space" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(
-            content.replace(f"port={card['app_port']}".encode(), b"port=0") if name == "app.py" else content
-        )
-    code = "import runpy, empathic.chat; print(empathic.chat.__file__, flush=True); "
-    code += "runpy.run_path('app.py', run_name='__main__')"
-    environment = {**os.environ, **hub.environment(tmp_path / "home")}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=tmp_path / "space", env=environment, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        printed = ""
-        while "http://" not in printed:
-            line = process.stdout.readline()
-            assert line, printed
-            printed += line
-        assert printed.startswith(str(tmp_path / "space"))  # it needs no installed package
+    with run_space(files, 0, "http://") as printed:
         url = re.search(r"http://\S+", printed)[0].replace("0.0.0.0", "127.0.0.1")
         settings = httpx2.get(f"{url}/settings.json").json()
         assert settings["model"] == "tiny" and settings["limits"]["seconds"] == 7
@@ -221,7 +200,3 @@ def test_a_space_runs_from_the_hub(base_folder, hub, recorded, tmp_path, capsys)
         body = {"model": "before", "messages": [{"role": "user", "content": "hello there"}]}
         answer = httpx2.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
         assert answer["usage"]["completion_tokens"] <= 4
-    finally:
-        process.kill()
-        process.wait(30)
-        process.stdout.close()

@@ -7,7 +7,6 @@ import os
 import pickle
 import select
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -323,7 +322,7 @@ def test_a_call_without_an_end_is_an_error(forked):
     engine.stop()
 
 
-def test_a_space_for_zero_gpu_runs_with_the_real_package(base_folder, hub, clip, tmp_path, capsys):
+def test_a_space_for_zero_gpu_runs_with_the_real_package(base_folder, hub, clip, run_space, capsys):
     import yaml
     from hub_server import USER
 
@@ -347,28 +346,8 @@ def test_a_space_for_zero_gpu_runs_with_the_real_package(base_folder, hub, clip,
 
     pytest.importorskip("spaces", reason="spaces is not installed (extra `dev`).")
     port = free_port()
-    for name, content in files.items():
-        path = tmp_path / "space" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.replace(b"port=7860", f"port={port}".encode()) if name == "app.py" else content)
-    environment = {**os.environ, **hub.environment(tmp_path / "home")}
-    code = "import runpy, empathic.chat; print(empathic.chat.__file__, flush=True); "
-    code += "runpy.run_path('app.py', run_name='__main__')"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=tmp_path / "space", env=environment, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        printed = ""
-        while "The page of tiny is at" not in printed:
-            line = process.stdout.readline()
-            assert line, printed
-            printed += line
-        assert printed.startswith(str(tmp_path / "space"))  # it needs no installed package
+    with run_space(files, port, "The page of tiny is at"):
         url = f"http://127.0.0.1:{port}"
         answer = httpx2.post(f"{url}/v1/chat/completions", json=body_of("tiny", clip, stream=True), timeout=SECONDS)
         assert len(events_of(answer)) > 2
         assert httpx2.get(f"{url}/settings.json").json()["quota_from"] == "https://huggingface.co"
-    finally:
-        process.kill()
-        process.wait(SECONDS)
-        process.stdout.close()

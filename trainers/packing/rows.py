@@ -1,5 +1,6 @@
 """Packing of the supervised stages' rows into one row without padding."""
 
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 import torch
@@ -23,16 +24,20 @@ class RowLayout(PackedLayout):
     """
 
     def __init__(self, prefix: int, rests: list[int], device: torch.device):
-        self.prefix, self.rests = prefix, rests
-        lengths = torch.tensor(rests, device=device)
-        place = torch.arange(max(rests), device=device)
+        self.prefix, self.rests, self.device = prefix, rests, device
+
+    @cached_property
+    def _padded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The index (rows, longest) and the mask (longest, prefix + longest) of the batch, and its places in use."""
+        lengths = torch.tensor(self.rests, device=self.device)
+        place = torch.arange(max(self.rests), device=self.device)
         present = place < lengths[:, None]  # (rows, longest)
-        starts = prefix + lengths.cumsum(0) - lengths
-        self.index = torch.where(present, starts[:, None] + place, 0)
-        self.places = present.flatten().nonzero().squeeze(1)
+        starts = self.prefix + lengths.cumsum(0) - lengths
+        index = torch.where(present, starts[:, None] + place, 0)
         # No row attends to the padding at its end, so one causal mask serves all rows; and every query has a key.
         causal = place[:, None] >= place
-        self.mask = torch.cat([causal.new_ones(len(place), prefix), causal], dim=1)
+        mask = torch.cat([causal.new_ones(len(place), self.prefix), causal], dim=1)
+        return index, mask, present.flatten().nonzero().squeeze(1)
 
     def ranges(self) -> list[tuple[int, int, int, int]]:
         """See `PackedLayout`: the prefix, then each row, which also attends to the prefix."""
@@ -47,8 +52,9 @@ class RowLayout(PackedLayout):
     def batched(self, query, key, value, dropout: float, scale: float | None) -> torch.Tensor:
         """Like `plain`, with the rows as a batch."""
         options = {"dropout_p": dropout, "scale": scale}
+        index, mask, _ = self._padded
         # (rows, heads, longest, width)
-        queries, keys, values = (states[0][:, self.index].transpose(0, 1) for states in (query, key, value))
+        queries, keys, values = (states[0][:, index].transpose(0, 1) for states in (query, key, value))
         if self.prefix == 0:
             rest = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, **options)
             return self._in_one_row(rest)
@@ -58,12 +64,12 @@ class RowLayout(PackedLayout):
             for states, own in zip(shared[1:], (keys, values), strict=True)
         )
         first = F.scaled_dot_product_attention(*shared, is_causal=True, **options).transpose(1, 2)
-        rest = F.scaled_dot_product_attention(queries, keys, values, attn_mask=self.mask, **options)
+        rest = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, **options)
         return torch.cat([first, self._in_one_row(rest)], dim=1)
 
     def _in_one_row(self, outputs: torch.Tensor) -> torch.Tensor:
         """(rows, heads, longest, width) -> (1, tokens, heads, width)."""
-        return outputs.transpose(1, 2).flatten(0, 1)[self.places][None]
+        return outputs.transpose(1, 2).flatten(0, 1)[self._padded[2]][None]
 
 
 def pack_rows(
