@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 from .processes import Stopped, end_with_launcher, is_launched, stop_on_signals
@@ -122,6 +123,8 @@ def describe(error: BaseException) -> str:
     foreign = type(error).__module__.split(".")[0] not in ("builtins", "empathic")
     if not isinstance(error, _EXPECTED) and (not foreign or isinstance(error, LookupError)):
         text = f"{type(error).__name__}: {text}. This is a fault of the program; {OPTION} shows where it is."
+    if isinstance(error, ModuleNotFoundError) and (extra := _extra_with(error.name or "")):
+        text = f"{text}\nThis command needs further packages: pip install 'empathic[{extra}]'"
     # safetensors and torch raise their own class for an error of the system.
     if _is_caused_by(error, errno.ENOSPC) or "(os error 28)" in text or "file write failed" in text:
         text = f"{text}\n{_REMEDIES[errno.ENOSPC]}"
@@ -139,6 +142,17 @@ def _describe_os_error(error: OSError) -> str:
     if path and (full.startswith(cache) or cache.startswith(full)) and error.errno != errno.ENOENT:
         remedy = "The cache of Hugging Face is there: set HF_HOME to a folder that can be written."
     return f"{path}: {reason}. {remedy}".strip() if path else f"{reason}. {remedy}".strip()
+
+
+def _extra_with(module: str) -> str | None:
+    """The first extra of the package, in the order of setup.cfg, that installs a module; None if there is none."""
+    wanted = module.split(".")[0].replace("_", "-").lower()
+    with suppress(PackageNotFoundError):
+        for requirement in requires("empathic") or []:
+            project, extra = (re.match(part, requirement) for part in (r"[\w.-]+", r".*extra == ['\"](\w+)['\"]"))
+            if project and extra and extra[1] != "dev" and re.sub(r"[_.]", "-", project[0]).lower() == wanted:
+                return extra[1]
+    return None
 
 
 def _is_caused_by(error: BaseException | None, number: int) -> bool:

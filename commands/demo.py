@@ -1,7 +1,6 @@
 """`empathic demo`: a web page for talking to a model."""
 
 import signal
-import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -60,14 +59,8 @@ def find_examples(given: str | None, folder: Path) -> list:
 
 
 def run(arguments) -> int:
-    try:
-        from ..demo.app import PageOptions, serve_page
-    except ImportError as error:
-        print(
-            f"The page needs further packages ({error}). Install them with `pip install empathic[demo]`.",
-            file=sys.stderr,
-        )
-        return 1
+    from ..demo.app import PageOptions, serve_page
+
     # A signal to stop must not skip the deletion of the folder.
     signal.signal(signal.SIGTERM, _end)
     with tempfile.TemporaryDirectory(prefix="empathic-examples-") as folder, suppress(KeyboardInterrupt):

@@ -1,6 +1,5 @@
 """`empathic push-space`: push the web page as a Space that serves a model from the Hub."""
 
-import sys
 import tempfile
 from pathlib import Path
 
@@ -61,11 +60,8 @@ def push_space(
 
 
 def run(arguments) -> int:
-    try:
-        from ..demo.app import PageOptions
-    except ImportError as error:
-        print(f"{error}. Install the missing packages with `pip install empathic[demo,train]`.", file=sys.stderr)
-        return 1
+    from ..demo.app import PageOptions
+
     with tempfile.TemporaryDirectory() as folder:
         options = PageOptions(
             megabytes=arguments.max_upload_mb,

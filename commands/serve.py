@@ -12,15 +12,9 @@ KEY_VARIABLE, VLLM_KEY_VARIABLE = "EMPATHIC_API_KEY", "VLLM_API_KEY"
 
 
 def run(arguments) -> int:
-    try:
-        from ..serve.app import Service, build_app
-        from ..serve.server import address_of, listen, run_server
-    except ImportError as error:
-        print(
-            f"The server needs further packages ({error}). Install them with `pip install empathic[serve]`.",
-            file=sys.stderr,
-        )
-        return 1
+    from ..serve.app import Service, build_app
+    from ..serve.server import address_of, listen, run_server
+
     listening = listen(arguments.host, arguments.port)  # before the model is loaded, which takes long
     import torch
 

@@ -1,5 +1,6 @@
 """Errors of a program as its user sees them."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -46,6 +47,20 @@ def test_a_fault_of_the_program_names_its_class(capsys):
     assert run_program("empathic x", failing(KeyError("row")), []) == 1
     error = capsys.readouterr().err
     assert "KeyError" in error and "--traceback" in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "module, extra",
+    [("datasets", "train"), ("sentence_transformers", "train"), ("fastapi.responses", "serve"), ("mamba_ssm", "cuda")],
+)
+def test_a_missing_package_names_the_extra_that_installs_it(monkeypatch, module, extra):
+    top = module.split(".")[0]
+    monkeypatch.setitem(sys.modules, top, None)  # an import of it now fails as if it were not installed
+    with pytest.raises(ModuleNotFoundError) as raised:
+        importlib.import_module(module)
+    assert describe(raised.value).endswith(f"pip install 'empathic[{extra}]'")
+    unknown = ModuleNotFoundError("No module named 'other'", name="other")
+    assert describe(unknown) == "No module named 'other'"
 
 
 def test_exit_statuses_are_kept():
