@@ -270,6 +270,11 @@ class Keys:
         return tuple(sorted(near.topk(min(count, known)).indices.tolist()))
 
 
+def searchable(message: dict) -> str:
+    """Return the text of an utterance for `embed`: with the speaker's name, as questions ask for what somebody said."""
+    return f"{message['name']}: {message['content']}" if message.get("name") else message["content"]
+
+
 class ChatSession:
     """
     A conversation with the model. Every utterance is read into the memory once; after that, it costs one vector
@@ -297,8 +302,8 @@ class ChatSession:
             however old they are. 0 by default. A turn then processes these utterances too, at a cost that does not
             depend on the length of the conversation.
         embed (`Callable`, *optional*): with `recall`, a function of a list of texts that returns a vector for each
-            (n, width), a tensor or an array, such as `SentenceTransformer(...).encode`. By default, utterances are
-            compared by their memory vectors.
+            (n, width), a tensor or an array, such as `SentenceTransformer(...).encode`. Utterances are given with the
+            name of their speaker, if there is one. By default, utterances are compared by their memory vectors.
 
     The thought that a reasoning model writes before its reply is neither a part of the reply nor of the memory.
 
@@ -517,7 +522,7 @@ class ChatSession:
         if session.recall:
             saved = tensors.get("keys")
             if embed is not None:
-                saved = session._embed([m["content"] for m in record["messages"]])
+                saved = session._embed([searchable(m) for m in record["messages"]])
             elif saved is None:
                 raise ValueError(f"{path} was saved by a session with `embed`. Give the same function as `embed`.")
             keys = keys.plus(saved)
@@ -679,7 +684,7 @@ class ChatSession:
         ends = [*before.ends, *(start + count for count in accumulate(counts))]
         keys = before.keys
         if self.recall and self.embed is not None:
-            keys = keys.plus(self._embed([m["content"] for m in messages]))
+            keys = keys.plus(self._embed([searchable(m) for m in messages]))
         elif self.recall:
             keys = keys.plus(torch.stack([part.float().mean(0) for part in new.split(counts)]))
         vectors = [*before.vectors, *new.to(self.model.dtype)]

@@ -665,6 +665,14 @@ def test_the_most_similar_utterances_are_recalled(model, processor):
     assert own.last_turn.recalled == ()  # there is no text to compare
 
 
+def test_a_speakers_name_is_a_part_of_what_is_compared(model, processor, tmp_path):
+    session = ChatSession(model.eval(), processor, recall=1, embed=letters)
+    session.remember(*[{"role": "user", "name": name, "content": "fine thanks"} for name in ("anna", "bo", "zoe")])
+    session.save(str(tmp_path / "conversation"))
+    for one in (session, ChatSession.load(str(tmp_path / "conversation"), model, processor, embed=letters)):
+        assert [one.similar(f"{name} fine thanks") for name in ("anna", "bo", "zoe")] == [(0,), (1,), (2,)]
+
+
 def test_a_turn_that_recalls_costs_the_same_early_and_late(model, processor):
     session, positions = ChatSession(model.eval(), processor, recall=3, embed=letters), []
     session.remember(*[{"role": "user", "content": "how are you"}] * 6)

@@ -21,7 +21,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ...chat import ChatSession, Keys
+from ...chat import ChatSession, Keys, searchable
 from ...compat_empathic import CACHE
 from ...sampling import plain_decoding
 from ...thoughts import WrittenDecoder
@@ -218,7 +218,8 @@ class Arms:
         if self.embed is None:
             return self._recalling_session()[0].similar(question)
         if self._keys is None:
-            self._keys = Keys().plus(torch.as_tensor(self.embed([turn.text for turn in self.said])))
+            texts = [searchable(_message(turn, True)) for turn in self.said]
+            self._keys = Keys().plus(torch.as_tensor(self.embed(texts)))
         return self._keys.nearest(torch.as_tensor(self.embed([question]))[0], self.settings.top_k)
 
     def _length(self, shown: Sequence[Said], question: str) -> int:

@@ -98,6 +98,15 @@ def test_a_text_that_is_too_long_loses_its_oldest_turns(model, processor, prompt
         build(model, processor, max_positions=20)
 
 
+def test_both_arms_retrieve_the_same_turns_and_find_a_speaker_by_the_name(model, processor):
+    said = [Said(f"t{i}", "user", name, "fine thanks", "1 May") for i, name in enumerate(("anna", "bo", "zoe"))]
+    asked = [f"{turn.name} fine thanks" for turn in said]
+    arms = Arms(model.eval(), processor, said, asked, Settings(top_k=1, max_new_tokens=2), letters)
+    for turn, question in zip(said, asked, strict=True):
+        assert arms.answer("retrieval", question).shown == {turn.id}
+        assert [said[place].id for place in arms._recalling_session()[0].similar(question)] == [turn.id]
+
+
 def test_retrieval_by_the_memorys_own_vectors(model, processor):
     arms = build(model, processor, embed=None)
     assert len(arms.answer("retrieval", "what did he say").shown) == 2
