@@ -1,6 +1,9 @@
 """The structure of the package: relative imports, no circles, nothing that a lower layer imports from a higher one."""
 
 import ast
+import configparser
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,11 @@ LAYERS = (
 )
 # Former places of modules, kept for one release; nothing of ours imports them.
 FORMER = {"hub_model", "trainers.checkpoint", "trainers.baseline"}
+
+# Distributions whose name is not that of their module.
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
+# Installed by those who choose them (a logger, a loss to compare with), or with FastAPI, which fixes their version.
+UNDECLARED = {"wandb", "liger-kernel", "starlette"}
 
 
 def modules() -> dict[str, Path]:
@@ -115,3 +123,20 @@ def test_every_package_says_what_is_in_it():
     packages = [path for path in MODULES.values() if path.name == "__init__.py"]
     assert len(packages) >= 12
     assert all(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) for path in packages)
+
+
+def test_every_package_that_is_imported_is_a_requirement():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    lines = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
+    declared = {re.match(r"[\w-]*", line)[0].replace("_", "-") for line in "\n".join(lines).split("\n")}
+    imported = {}
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                found = [node.module]
+            for top in {module.split(".")[0] for module in found} - sys.stdlib_module_names:
+                imported[DISTRIBUTIONS.get(top, top.replace("_", "-"))] = name
+    assert imported.keys() & {"torch", "pyarrow", "psutil"}
+    assert {name: where for name, where in imported.items() if name not in declared | UNDECLARED} == {}
