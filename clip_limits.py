@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .media_empathic import MediaError, Source, _open, probe, read_audio, read_video
+from .media_empathic import MediaError, Source, open_media, probe, read_audio, read_video
 
 SAMPLING_RATE = 16000
 LARGEST_PICTURE = 4096 * 2304  # pixels of a frame: a bit more than 4K
@@ -17,7 +17,7 @@ def clip_seconds(source: Source, name: str) -> float:
         MediaError: if the clip cannot be read.
     """
     first, last = {}, {}
-    with _open(source, name) as container:
+    with open_media(source, name) as container:
         for packet in container.demux():
             if packet.pts is None or packet.stream.type not in ("audio", "video"):
                 continue

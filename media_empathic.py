@@ -162,7 +162,7 @@ def _check_bytes(stream: BinaryIO, name: str) -> None:
 
 
 @contextmanager
-def _open(source: Source, name: str) -> Iterator[Any]:
+def open_media(source: Source, name: str) -> Iterator[Any]:
     """Open a PyAV container. FFmpeg errors inside the block become MediaError; PyAV silences the log by default."""
     _require_av()
     with _open_file(source, name) as stream:
@@ -195,12 +195,12 @@ def _preferred(streams: list) -> Any | None:
     return max(usable, key=lambda s: (bool(s.disposition & flags.default), not s.disposition & aside), default=None)
 
 
-def _video_stream(container) -> Any | None:
+def video_stream(container) -> Any | None:
     """Return the video stream to decode, or None."""
     return _preferred(_pictures(container))
 
 
-def _audio_stream(container) -> Any | None:
+def audio_stream(container) -> Any | None:
     """Return the audio stream to decode, or None."""
     return _preferred(container.streams.audio)
 
@@ -229,8 +229,8 @@ def probe(source: Source, decode: bool = False) -> MediaInfo:
             streams cannot be decoded.
     """
     name = _name(source)
-    with _open(source, name) as container:
-        video, audio = _video_stream(container), _audio_stream(container)
+    with open_media(source, name) as container:
+        video, audio = video_stream(container), audio_stream(container)
         rate = video.average_rate if video else None
         info = MediaInfo(
             format=container.format.name,
@@ -249,7 +249,7 @@ def probe(source: Source, decode: bool = False) -> MediaInfo:
         if decode and waiting:
             for packet in container.demux(tuple(waiting.values())):
                 index = packet.stream.index
-                if index in waiting and _decode(waiting[index], packet):
+                if index in waiting and decode_packet(waiting[index], packet):
                     del waiting[index]
                 if not waiting:
                     break
@@ -277,7 +277,7 @@ def _choose(times: np.ndarray, end: int, num_frames: int, generator: np.random.G
     return sorted({int(i) for i in np.clip(indices, 0, len(times) - 1)})
 
 
-def _square_size(stream, frame) -> tuple[int, int]:
+def square_size(stream, frame) -> tuple[int, int]:
     """Return the (width, height) of a stored frame after its pixels are made square, by enlarging the shorter side."""
     width, height, shape = frame.width, frame.height, stream.sample_aspect_ratio
     if not shape or not 1 / WIDEST_PIXEL <= shape <= WIDEST_PIXEL:
@@ -286,7 +286,7 @@ def _square_size(stream, frame) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class _Orientation:
+class Orientation:
     """How a stored picture is shown upright: transposed or not, then mirrored (left-right), then flipped (up-down)."""
 
     transposed: bool = False
@@ -294,7 +294,7 @@ class _Orientation:
     flipped: bool = False
 
     @classmethod
-    def of(cls, frame) -> _Orientation:
+    def of(cls, frame) -> Orientation:
         """Read a frame's display matrix, which cameras write instead of turning or mirroring the picture itself."""
         found = frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX)
         if found is None:
@@ -313,11 +313,11 @@ class _Orientation:
 
 
 def _picture(frame, size: tuple[int, int]) -> np.ndarray:
-    """Convert a decoded frame to (height, width, 3) uint8, upright. `size`: `_square_size` of the first frame."""
+    """Convert a decoded frame to (height, width, 3) uint8, upright. `size`: `square_size` of the first frame."""
     # One thread: a frame keeps its scaler, and a process that is forked meanwhile (a data loader's worker) would wait
     # forever for the scaler's threads when it frees the frame.
     pixels = frame.to_ndarray(format="rgb24", width=size[0], height=size[1], threads=1)
-    return _Orientation.of(frame).apply(pixels)
+    return Orientation.of(frame).apply(pixels)
 
 
 @dataclass
@@ -333,12 +333,12 @@ class _Packets:
 def _scan(source: Source, name: str) -> _Packets:
     """Read the video packets without decoding them. This is cheap, exact for variable frame rates, and needs no
     seeking, which fails in containers without an index."""
-    with _open(source, name) as container:
-        stream = _video_stream(container)
+    with open_media(source, name) as container:
+        stream = video_stream(container)
         if stream is None:
             _check_codecs(container, name)
             what = container.format.name.split(",")[0]
-            audio = _audio_stream(container)
+            audio = audio_stream(container)
             if audio is None:
                 raise MediaError(f"{name}: holds neither video nor sound ({what}). {GIVE_MEDIA}")
             raise MediaError(
@@ -368,7 +368,7 @@ def _scan(source: Source, name: str) -> _Packets:
     return _Packets(ordered, keys, max(duration, 1), False)
 
 
-def _decode(stream, packet) -> list:
+def decode_packet(stream, packet) -> list:
     """Decode a packet (None: flush the decoder) and return the completed frames; no frames if it is damaged."""
     try:
         return stream.decode(packet)
@@ -391,7 +391,7 @@ def _decode_at(source: Source, name: str, packets: _Packets, wanted: list[int]) 
                 wanted.pop(0)
                 if wanted and last >= wanted[0]:
                     continue  # this frame replaces several damaged frames: take it once
-                size = size or _square_size(stream, frame)
+                size = size or square_size(stream, frame)
                 pictures.append(_picture(frame, size))
 
     def next_start(number: int) -> int:
@@ -399,8 +399,8 @@ def _decode_at(source: Source, name: str, packets: _Packets, wanted: list[int]) 
         return max((n for n, time in packets.keys if time <= wanted[0]), default=number)
 
     wanted = list(wanted)
-    with _open(source, name) as container:
-        stream = _video_stream(container)
+    with open_media(source, name) as container:
+        stream = video_stream(container)
         stream.codec_context.thread_count = 1  # a clip is short, and data loaders already use several processes
         start = next_start(0)
         for number, packet in enumerate(container.demux(stream)):
@@ -409,13 +409,13 @@ def _decode_at(source: Source, name: str, packets: _Packets, wanted: list[int]) 
             if number == start and number > 0:
                 stream.codec_context.flush_buffers()
             before = len(wanted)
-            keep(_decode(stream, packet))
+            keep(decode_packet(stream, packet))
             if not wanted:
                 break
             if len(wanted) < before:
                 start = max(next_start(number), number)
         if wanted:
-            keep(_decode(stream, None))
+            keep(decode_packet(stream, None))
     return pictures
 
 
@@ -593,19 +593,19 @@ def _read_sound(
     """
     limit = _limit(sampling_rate, max_seconds)
     name = _name(source)
-    with _open(source, name) as container:
-        stream = _audio_stream(container)
+    with open_media(source, name) as container:
+        stream = audio_stream(container)
         if stream is None:
             _check_codecs(container, name)
             what = container.format.name.split(",")[0]
-            if _video_stream(container) is None:
+            if video_stream(container) is None:
                 raise MediaError(f"{name}: holds neither sound nor video ({what}). {GIVE_MEDIA}")
             raise MediaError(
                 f"{name}: has no sound track, only video ({what}). "
                 'Pass it as {"type": "video"} alone, or give a file with an audio stream.'
             )
         stream.codec_context.thread_count = 1
-        frames = (frame for packet in container.demux(stream) for frame in _decode(stream, packet))
+        frames = (frame for packet in container.demux(stream) for frame in decode_packet(stream, packet))
         if channel is not None:
             chunks = _resampled(frames, int(sampling_rate), mixed=False)
             return _collect((chunk[min(channel, len(chunk) - 1)] for chunk in chunks), limit), None

@@ -25,7 +25,7 @@ from ..configuration_empathic import EMOTIONS
 from ..data_prep.views import is_there
 from ..evaluation.emotion import EmotionSamples, name_emotions
 from ..evaluation.statistics_of_replies import Draws, compare_means, mean_interval
-from ..files import write_json
+from ..files import packaged, write_json
 from ..processing_empathic import EmpathicProcessor
 from ..trainers import prepare_features, train
 from ..trainers.checkpoints.stage_folder import load_model
@@ -113,11 +113,18 @@ def clip_features(rows: Dataset, script, model_args, cache: Path) -> list[torch.
 
 
 def run_fold(options, training: list[str], rows: Dataset, fold: int, seed: int) -> dict:
-    """Train and test one fold with one seed; the result is kept in OUTPUT."""
+    """Train and test one fold with one seed; the result is kept in OUTPUT, for the same options only."""
     folder = options.output / f"fold-{fold}" / f"seed-{seed}"
     file = folder / "result.json"
+    made_with = {"training": training, "config": Path(options.config).read_text(encoding="utf-8")}
     if file.exists():
-        return json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if found.get("made_with") != made_with:
+            raise ValueError(
+                f"{file} is the result of other training options or of another version. Give another --output, or "
+                "delete this folder."
+            )
+        return found
     data = options.output / f"fold-{fold}" / "data"
     arguments = [
         "--config",
@@ -139,6 +146,7 @@ def run_fold(options, training: list[str], rows: Dataset, fold: int, seed: int) 
         "validation": float(np.mean(found["validation"])),
         "test": float(np.mean(found["test"])),
         "hits": found["test"],
+        "made_with": made_with,
     }
     for path in folder.glob("model/checkpoint-*"):
         shutil.rmtree(path)
@@ -217,6 +225,7 @@ def main(argv: list[str] | None = None) -> dict:
     )
     parser.add_argument("--against", type=Path, metavar="FILE", help="compare with this earlier voices.json")
     options, training = parser.parse_known_args(argv)
+    options.config = packaged(options.config)
     other = None if options.against is None else json.loads(options.against.read_text(encoding="utf-8"))
     rows = voices(options.data)
     folds = divide_speakers(rows["speaker"], options.folds)

@@ -16,13 +16,13 @@ import numpy as np
 
 from ..media_empathic import (
     MediaError,
-    _audio_stream,
-    _decode,
-    _open,
-    _Orientation,
-    _square_size,
-    _video_stream,
+    Orientation,
+    audio_stream,
     av,
+    decode_packet,
+    open_media,
+    square_size,
+    video_stream,
 )
 from .corpora.base import Clip
 
@@ -95,13 +95,13 @@ def _lacks(clip: Clip, what: str) -> MediaError:
 
 def _decoded(container, stream) -> Iterator:
     for packet in container.demux(stream):  # the last packet is empty and flushes the decoder
-        yield from _decode(stream, packet)
+        yield from decode_packet(stream, packet)
 
 
 def _avi_delay(clip: Clip) -> int:
     """The number of frames by which the decoder of an avi lags behind its packets."""
-    with _open(clip.path, str(clip.path)) as container:
-        stream = _video_stream(container)
+    with open_media(clip.path, str(clip.path)) as container:
+        stream = video_stream(container)
         stream.codec_context.thread_count = 1
         first = next(_decoded(container, stream), None)
         return min(first.dts or 0, MAX_DELAY) if first is not None else 0
@@ -110,8 +110,8 @@ def _avi_delay(clip: Clip) -> int:
 def _timed_frames(clip: Clip, position: Fraction | None) -> Iterator[tuple[Fraction, Fraction, object, object]]:
     """Yield (start, end, frame, stream) in the order of time, from the key frame before `position`, or from the first
     frame if `position` is None. Yields nothing if seeking fails."""
-    with _open(clip.path, str(clip.path)) as container:
-        stream = _video_stream(container)
+    with open_media(clip.path, str(clip.path)) as container:
+        stream = video_stream(container)
         if stream is None:
             raise _lacks(clip, "video")
         stream.codec_context.thread_count = 1  # clips are cut in parallel
@@ -183,7 +183,7 @@ def upright_planes(frame, size: tuple[int, int], crop: str | None = None) -> np.
             all frames are scaled to one size.
         crop: `left` or `right`: the half to keep.
     """
-    turn = _Orientation.of(frame)
+    turn = Orientation.of(frame)
     frame = frame.reformat(width=size[0], height=size[1], format="yuv420p", dst_color_range="MPEG", threads=1)
     width, height = (size[1], size[0]) if turn.transposed else size
     width, height = width - width % 2, height - height % 2
@@ -212,7 +212,7 @@ def _cut_picture(clip: Clip, start: Fraction, end: Fraction | None, target: Path
     shown = shown_frames(clip, start, end)
     item = next(shown)  # errors of the clip are raised before a file is created
     stream, first = item[3], item[2]
-    size = _square_size(stream, first)
+    size = square_size(stream, first)
     durations = {}
     with (
         open(target, "wb") as file,
@@ -254,8 +254,8 @@ def _cut_picture(clip: Clip, start: Fraction, end: Fraction | None, target: Path
 def _decoded_sound(clip: Clip, position: Fraction | None) -> Iterator[tuple[int, int, np.ndarray]]:
     """Yield (index of the first sample in the file, sampling rate, int16 (samples, channels)) of each piece in order,
     from before `position`, or from the first piece if it is None. Yields nothing if exact seeking is not possible."""
-    with _open(clip.path, str(clip.path)) as container:
-        stream = _audio_stream(container)
+    with open_media(clip.path, str(clip.path)) as container:
+        stream = audio_stream(container)
         if stream is None:
             raise _lacks(clip, "audio")
         stream.codec_context.thread_count = 1

@@ -140,3 +140,15 @@ def test_every_package_that_is_imported_is_a_requirement():
                 imported[DISTRIBUTIONS.get(top, top.replace("_", "-"))] = name
     assert imported.keys() & {"torch", "pyarrow", "psutil"}
     assert {name: where for name, where in imported.items() if name not in declared | UNDECLARED} == {}
+
+
+def test_no_module_imports_a_private_name_of_another():
+    private = [
+        f"{name}:{node.lineno}: {alias.name}"
+        for name, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.level
+        for alias in node.names
+        if alias.name.startswith("_")
+    ]
+    assert private == []

@@ -176,8 +176,8 @@ def test_long_clip_decodes_only_what_it_needs(tmp_path, write_media, monkeypatch
 
     frames = np.repeat((np.arange(300) % 200 + 20).astype(np.uint8), 16 * 16 * 3).reshape(300, 16, 16, 3)
     path = write_media(tmp_path / "long.mp4", frames=frames, fps=2, video_options={"g": "10", "bf": "0"})
-    decoded, plain = [], media._decode
-    monkeypatch.setattr(media, "_decode", lambda stream, packet: decoded.append(1) or plain(stream, packet))
+    decoded, plain = [], media.decode_packet
+    monkeypatch.setattr(media, "decode_packet", lambda stream, packet: decoded.append(1) or plain(stream, packet))
     assert len(media.read_video(path, 8)) == 8
     assert len(decoded) < 100  # of 300: only from the key frame before each of the eight
 

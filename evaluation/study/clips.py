@@ -14,11 +14,11 @@ from ...data_prep.streams import UsableStreams, usable_streams
 from ...media_empathic import (
     NOTHING_ELSE,
     MediaError,
-    _audio_stream,
-    _Orientation,
-    _square_size,
+    Orientation,
+    audio_stream,
     lone_channel,
     read_audio,
+    square_size,
 )
 
 # Formats that current browsers play: (container, video codecs, audio codecs, suffix).
@@ -64,7 +64,7 @@ def _is_plain(container, stream) -> bool:
     frame = next(container.decode(stream), None)
     if frame is None:
         return False
-    return _Orientation.of(frame) == _Orientation() and _square_size(stream, frame) == (frame.width, frame.height)
+    return Orientation.of(frame) == Orientation() and square_size(stream, frame) == (frame.width, frame.height)
 
 
 def _encoders() -> tuple[str, str, str]:
@@ -151,8 +151,8 @@ def _picture(path: Path, output, codec: str):
     frames = shown_frames(Clip(path, str(path)), Fraction(0), None)
     item = next(frames)
     _, _, first, source = item
-    width, height = _square_size(source, first)
-    scale = min(1.0, HEIGHT / (width if _Orientation.of(first).transposed else height))
+    width, height = square_size(source, first)
+    scale = min(1.0, HEIGHT / (width if Orientation.of(first).transposed else height))
     size = max(2, round(width * scale)), max(2, round(height * scale))
     planes = upright_planes(first, size)
     stream = output.add_stream(codec, rate=source.average_rate or Fraction(25))
@@ -176,8 +176,8 @@ def _picture(path: Path, output, codec: str):
 def _delay(path: Path) -> float:
     """Seconds by which the sound begins after the start of the file, which is where its first stream begins."""
     with _reading(path) as container:
-        start = _audio_stream(container).start_time
-        time = (start or 0) * _audio_stream(container).time_base - Fraction(container.start_time or 0, av.time_base)
+        start = audio_stream(container).start_time
+        time = (start or 0) * audio_stream(container).time_base - Fraction(container.start_time or 0, av.time_base)
     return max(0.0, float(time))
 
 

@@ -62,6 +62,8 @@ def test_a_run_is_continued_and_reported_beside_the_probe(data, parts, tmp_path,
     monkeypatch.setattr(voices.train, "main", fail)
     again = voices.main([*arguments, "--audio_window", "clip", "--learning_rate", "1e-3"])
     assert again["folds"] == report["folds"]
+    with pytest.raises(ValueError, match="of other training options"):
+        voices.main([*arguments, "--audio_window", "clip", "--learning_rate", "2e-3"])
 
 
 def test_a_linear_head_trains_on_the_same_folds_and_keeps_nothing(data, parts, tmp_path, capsys):

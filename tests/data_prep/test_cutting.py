@@ -237,13 +237,13 @@ def test_a_late_picture_begins_with_its_first_frame(tmp_path, write_media):
 @pytest.fixture
 def decoded(monkeypatch):
     """A list whose only item is the number of packets decoded so far."""
-    count, decode = [0], cutting._decode
+    count, decode = [0], cutting.decode_packet
 
     def counted(stream, packet):
         count[0] += 1
         return decode(stream, packet)
 
-    monkeypatch.setattr(cutting, "_decode", counted)
+    monkeypatch.setattr(cutting, "decode_packet", counted)
     return count
 
 
