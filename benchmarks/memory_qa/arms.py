@@ -14,7 +14,7 @@ What does not depend on the question is processed once for a conversation, in ev
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,10 +30,14 @@ from .sources import Question, Said
 
 RESERVE = 16  # positions for the words of a template before the memory and before recalled turns
 
-SYSTEM = (
-    "You know a long conversation. Answer the question about it with a short phrase, in the words of the conversation "
-    "where possible. If the conversation does not tell, answer: not mentioned."
+SYSTEM = "You answer questions about a long conversation."
+# Around the question, because a small model has forgotten the system prompt after thousands of positions, and otherwise
+# goes on with the conversation.
+BEFORE = (
+    "Answer the question about the conversation with a short phrase, in the words of the conversation where possible. "
+    "If the conversation does not tell, answer: not mentioned.\nQuestion: "
 )
+AFTER = "\nShort answer:"
 WHEN = " Tell the date, if need be an approximate one."  # what a temporal question of LoCoMo asks for
 CHOICE = " Choose one: (a) {} (b) {}"
 NOT_MENTIONED = "Not mentioned in the conversation"
@@ -102,6 +106,11 @@ def read_choice(text: str, options: dict[str, str]) -> str:
     return options.get(letter, text)
 
 
+def without_name(text: str, names: Iterable[str]) -> str:
+    """Remove the name of a speaker at the start of an answer, written as the turns of the conversation are."""
+    return next((text[len(name) + 1 :].lstrip() for name in names if name and text.startswith(f"{name}:")), text)
+
+
 def _message(said: Said, dated: bool) -> dict:
     text = f"[{said.date}] {said.text}" if dated and said.date else said.text
     return {"role": said.role, "content": text, **({"name": said.name} if said.name else {})}
@@ -133,8 +142,8 @@ class Arms:
         settings: Settings,
         embed: Callable | None,
     ):
-        self.model, self.processor, self.settings, self.embed = model, processor, settings, embed
-        self.said = said
+        self.model, self.processor, self.settings, self.said = model, processor, settings, said
+        self.embed = embed and (lambda texts: embed([one.removeprefix(BEFORE).removesuffix(AFTER) for one in texts]))
         limit = getattr(model.config.text_config, "max_position_embeddings", None) or 1 << 31
         self.max_prompt = min(limit, settings.max_positions or limit) - settings.max_new_tokens
         self.longest = max(asked, key=lambda text: len(processor.encode_plain(text)))
@@ -240,7 +249,7 @@ class Arms:
 
     def _prepare(self, messages: list[dict], recalled: list[dict], question: str) -> dict:
         opening = {"role": "system", "content": SYSTEM}
-        turn = {"role": "user", "content": question}
+        turn = {"role": "user", "content": BEFORE + question + AFTER}
         return self.processor.prepare([opening, *messages, turn], history="text", recalled=recalled)
 
     @torch.inference_mode()
@@ -272,7 +281,7 @@ class Arms:
     def _from_memory(self, session: ChatSession, question: str) -> Answered:
         in_memory = self.said[len(self.said) - session.remembered :]
         held = sum(tensor.nbytes for tensor in session.state.state_dict().values()) + session.vectors.nbytes
-        text = session.reply(question, do_sample=False, max_new_tokens=self.settings.max_new_tokens)
+        text = session.reply(BEFORE + question + AFTER, do_sample=False, max_new_tokens=self.settings.max_new_tokens)
         cost = session.last_turn
         assert cost is not None
         positions = cost.new_positions + cost.reused_positions

@@ -25,7 +25,7 @@ from ...modeling_empathic import EmpathicForConditionalGeneration
 from ...processing_empathic import EmpathicProcessor
 from ..efficiency_report import number, table
 from ..machine import describe_machine
-from .arms import SYSTEM, Arms, Settings, ask, read_choice
+from .arms import AFTER, BEFORE, SYSTEM, Arms, Settings, ask, read_choice, without_name
 from .scoring import SCORES
 from .sources import Benchmark, Conversation, Question, load_benchmark
 
@@ -192,7 +192,7 @@ def _answer_all(options: argparse.Namespace, benchmark: Benchmark, settings: Set
         "settings": asdict(settings),
         "retriever": options.retriever,
         "dtype": options.dtype,
-        "system": SYSTEM,
+        "prompt": [SYSTEM, BEFORE, AFTER],
     }
     model = EmpathicForConditionalGeneration.from_pretrained(options.model, dtype=options.dtype).to(device).eval()
     processor = EmpathicProcessor.from_pretrained(options.model)
@@ -250,12 +250,13 @@ def _answer(
 ) -> dict:
     """Answer a question in an arm; return the line of the file without its key."""
     answered = arms.answer(arm, text)
+    hypothesis = without_name(answered.text, {said.name for said in conversation.said})
     return {
         "conversation": conversation.id,
         "question_id": question.id,
         "category": question.category,
         "question": text,
-        "hypothesis": read_choice(answered.text, choices),
+        "hypothesis": read_choice(hypothesis, choices),
         # Whether the evidence of other keys was there can be told as well.
         "shown_evidence": sorted(set(_all_evidence(conversation)) & answered.shown),
         "positions": answered.positions,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from empathic.benchmarks.memory_qa import ARMS
-from empathic.benchmarks.memory_qa.arms import SYSTEM, Arms, Settings, ask, read_choice
+from empathic.benchmarks.memory_qa.arms import AFTER, BEFORE, SYSTEM, Arms, Settings, ask, read_choice, without_name
 from empathic.benchmarks.memory_qa.sources import Question, Said
 from empathic.cli import main as cli
 
@@ -50,7 +50,7 @@ def test_each_arm_has_its_part_of_the_conversation(model, processor, prompts):
     for arm in ARMS:
         arms.answer(arm, "what did he say")
         texts[arm] = processor.decode(prompts[-1])
-        assert SYSTEM in texts[arm] and texts[arm].count("what did he say") == 1
+        assert SYSTEM in texts[arm] and texts[arm].count(f"{BEFORE}what did he say{AFTER}") == 1
         assert prompts[-1].count(placeholder) == (12 if arm.startswith("memory") else 0)
         assert found[arm].positions == len(prompts[-1])
     said = arms.said
@@ -104,7 +104,10 @@ def test_both_arms_retrieve_the_same_turns_and_find_a_speaker_by_the_name(model,
     arms = Arms(model.eval(), processor, said, asked, Settings(top_k=1, max_new_tokens=2), letters)
     for turn, question in zip(said, asked, strict=True):
         assert arms.answer("retrieval", question).shown == {turn.id}
-        assert [said[place].id for place in arms._recalling_session()[0].similar(question)] == [turn.id]
+        assert arms.answer("memory_retrieval", question).shown == {"t0", "t1", "t2"}
+        session = arms._recalling_session()[0].fork()
+        session.reply(BEFORE + question + AFTER, max_new_tokens=2)
+        assert [said[place].id for place in session.last_turn.recalled] == [turn.id]
 
 
 def test_retrieval_by_the_memorys_own_vectors(model, processor):
@@ -125,6 +128,7 @@ def test_questions_are_asked_as_their_benchmark_says():
     for written in ("a", "(a)", "A", "(a) I think"):
         assert read_choice(written, options) == options["a"]
     assert read_choice("a dog", options) == "a dog" and read_choice("b", {}) == "b"
+    assert without_name("Bo: a dog", {"Clara", "Bo", None}) == "a dog" and without_name("Bob: x", {"Bo"}) == "Bob: x"
     assert ask("longmemeval", of("x", date="today"))[0] == "[today] Who?"
 
 
