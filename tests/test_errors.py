@@ -54,8 +54,9 @@ def test_a_fault_of_the_program_names_its_class(capsys):
     [("datasets", "train"), ("sentence_transformers", "train"), ("fastapi.responses", "serve"), ("mamba_ssm", "cuda")],
 )
 def test_a_missing_package_names_the_extra_that_installs_it(monkeypatch, module, extra):
-    top = module.split(".")[0]
-    monkeypatch.setitem(sys.modules, top, None)  # an import of it now fails as if it were not installed
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    # An import of it now fails as if it were not installed.
+    monkeypatch.setitem(sys.modules, module.split(".")[0], None)
     with pytest.raises(ModuleNotFoundError) as raised:
         importlib.import_module(module)
     assert describe(raised.value).endswith(f"pip install 'empathic[{extra}]'")
