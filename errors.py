@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, requires
+from importlib.metadata import requires
 from pathlib import Path
 
 from .processes import Stopped, end_with_launcher, is_launched, stop_on_signals
@@ -146,11 +146,14 @@ def _describe_os_error(error: OSError) -> str:
 
 def _extra_with(module: str) -> str | None:
     """The first extra of the package, in the order of setup.cfg, that installs a module; None if there is none."""
-    wanted = module.split(".")[0].replace("_", "-").lower()
-    with suppress(PackageNotFoundError):
-        for requirement in requires("empathic") or []:
-            project, extra = (re.match(part, requirement) for part in (r"[\w.-]+", r".*extra == ['\"](\w+)['\"]"))
-            if project and extra and extra[1] != "dev" and re.sub(r"[_.]", "-", project[0]).lower() == wanted:
+    with suppress(ModuleNotFoundError):  # also PackageNotFoundError, where the package is not installed
+        from packaging.requirements import Requirement
+        from packaging.utils import canonicalize_name
+
+        wanted = canonicalize_name(module.partition(".")[0])
+        for line in map(Requirement, requires("empathic") or []):
+            extra = re.search(r'extra == "(\w+)"', str(line.marker))
+            if extra and extra[1] != "dev" and canonicalize_name(line.name) == wanted:
                 return extra[1]
     return None
 

@@ -45,13 +45,14 @@ def modules() -> dict[str, Path]:
 
 
 MODULES = modules()
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 
 
 def imports_of(name: str) -> set[str]:
     """The modules of the package that a module imports, anywhere in it."""
     path, found = MODULES[name], set()
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(TREES[name]):
         if not isinstance(node, ast.ImportFrom) or node.level == 0:
             continue
         above = package.split(".") if package else []
@@ -79,8 +80,8 @@ def layer_of(name: str) -> int:
 def test_every_import_inside_the_package_is_relative():
     absolute = [
         f"{name}:{node.lineno}"
-        for name, path in MODULES.items()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
         if (isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").split(".")[0] == "empathic")
         or (isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "empathic" for alias in node.names))
     ]
@@ -120,9 +121,9 @@ def test_nothing_imports_a_former_place():
 
 
 def test_every_package_says_what_is_in_it():
-    packages = [path for path in MODULES.values() if path.name == "__init__.py"]
+    packages = [name for name, path in MODULES.items() if path.name == "__init__.py"]
     assert len(packages) >= 12
-    assert all(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) for path in packages)
+    assert all(ast.get_docstring(TREES[name]) for name in packages)
 
 
 def test_every_package_that_is_imported_is_a_requirement():
@@ -131,8 +132,8 @@ def test_every_package_that_is_imported_is_a_requirement():
     lines = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
     declared = {re.match(r"[\w-]*", line)[0].replace("_", "-") for line in "\n".join(lines).split("\n")}
     imported = {}
-    for name, path in MODULES.items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
             found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:
                 found = [node.module]
@@ -145,8 +146,8 @@ def test_every_package_that_is_imported_is_a_requirement():
 def test_no_module_imports_a_private_name_of_another():
     private = [
         f"{name}:{node.lineno}: {alias.name}"
-        for name, path in MODULES.items()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.level
         for alias in node.names
         if alias.name.startswith("_")

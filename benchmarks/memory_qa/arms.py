@@ -100,6 +100,11 @@ def ask(benchmark: str, question: Question) -> tuple[str, dict[str, str]]:
     return text, {}
 
 
+def as_turn(question: str) -> str:
+    """Write a question with the instruction, as the turn that the model answers."""
+    return f"{BEFORE}{question}{AFTER}"
+
+
 def read_choice(text: str, options: dict[str, str]) -> str:
     """Replace the letter of a choice by what it means; another answer stays as it is."""
     letter = text.strip().lower().strip("().")[:1] if len(text.strip()) <= 3 or text.strip().startswith("(") else ""
@@ -225,7 +230,7 @@ class Arms:
     def _near(self, question: str) -> tuple[int, ...]:
         """The places of the turns most like a question."""
         if self.embed is None:
-            return self._recalling_session()[0].similar(question)
+            return self._recalling_session()[0].similar(as_turn(question))  # what `memory_retrieval` compares
         if self._keys is None:
             texts = [searchable(_message(turn, True)) for turn in self.said]
             self._keys = Keys().plus(torch.as_tensor(self.embed(texts)))
@@ -249,7 +254,7 @@ class Arms:
 
     def _prepare(self, messages: list[dict], recalled: list[dict], question: str) -> dict:
         opening = {"role": "system", "content": SYSTEM}
-        turn = {"role": "user", "content": BEFORE + question + AFTER}
+        turn = {"role": "user", "content": as_turn(question)}
         return self.processor.prepare([opening, *messages, turn], history="text", recalled=recalled)
 
     @torch.inference_mode()
@@ -281,7 +286,7 @@ class Arms:
     def _from_memory(self, session: ChatSession, question: str) -> Answered:
         in_memory = self.said[len(self.said) - session.remembered :]
         held = sum(tensor.nbytes for tensor in session.state.state_dict().values()) + session.vectors.nbytes
-        text = session.reply(BEFORE + question + AFTER, do_sample=False, max_new_tokens=self.settings.max_new_tokens)
+        text = session.reply(as_turn(question), do_sample=False, max_new_tokens=self.settings.max_new_tokens)
         cost = session.last_turn
         assert cost is not None
         positions = cost.new_positions + cost.reused_positions

@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from empathic.benchmarks.memory_qa import ARMS
-from empathic.benchmarks.memory_qa.arms import AFTER, BEFORE, SYSTEM, Arms, Settings, ask, read_choice, without_name
+from empathic.benchmarks.memory_qa.arms import (
+    AFTER,
+    BEFORE,
+    SYSTEM,
+    Arms,
+    Settings,
+    as_turn,
+    ask,
+    read_choice,
+    without_name,
+)
 from empathic.benchmarks.memory_qa.sources import Question, Said
 from empathic.cli import main as cli
 
@@ -112,6 +122,10 @@ def test_both_arms_retrieve_the_same_turns_and_find_a_speaker_by_the_name(model,
 
 def test_retrieval_by_the_memorys_own_vectors(model, processor):
     arms = build(model, processor, embed=None)
+    session = arms._recalling_session()[0].fork()
+    session.reply(as_turn("what did he say"), max_new_tokens=2)
+    recalled = {arms.said[place].id for place in session.last_turn.recalled}
+    assert arms.answer("retrieval", "what did he say").shown == recalled
     assert len(arms.answer("retrieval", "what did he say").shown) == 2
     assert arms.answer("memory_retrieval", "what did he say").positions > arms.answer("memory", "how are you").positions
 
