@@ -25,7 +25,7 @@ from ..configuration_empathic import EMOTIONS
 from ..data_prep.views import is_there
 from ..evaluation.emotion import EmotionSamples, name_emotions
 from ..evaluation.statistics_of_replies import Draws, compare_means, mean_interval
-from ..files import packaged, write_json
+from ..files import fingerprint, packaged, write_json
 from ..processing_empathic import EmpathicProcessor
 from ..trainers import prepare_features, train
 from ..trainers.checkpoints.stage_folder import load_model
@@ -64,8 +64,20 @@ def divide_speakers(speakers: list[str], folds: int) -> list[dict[str, list[str]
     return divided
 
 
+def check_same_data(rows: Dataset, folds: list[dict[str, list[str]]], output: Path) -> None:
+    """
+    Raise a ValueError if OUTPUT has the folds of other rows or of another number of folds; otherwise note these.
+    """
+    columns = ("corpus", "dialogue_id", "turn", "speaker", "emotion")
+    made_with, file = fingerprint([folds, *(list(rows[name]) for name in columns)]), output / "folds.json"
+    if file.exists() and json.loads(file.read_text(encoding="utf-8")) != made_with:
+        raise ValueError(f"{output} has folds of other data or another number of folds. Give another --output.")
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(file, made_with)
+
+
 def write_fold(rows: Dataset, split_of: dict[str, list[str]], folder: Path) -> None:
-    """Write the rows of a fold as a data set."""
+    """Write the rows of a fold as a data set, unless it is there."""
     if folder.exists():
         return
     part = folder.with_name(f"{folder.name}.part")
@@ -229,6 +241,7 @@ def main(argv: list[str] | None = None) -> dict:
     other = None if options.against is None else json.loads(options.against.read_text(encoding="utf-8"))
     rows = voices(options.data)
     folds = divide_speakers(rows["speaker"], options.folds)
+    check_same_data(rows, folds, options.output)
     for number, split_of in enumerate(folds):
         write_fold(rows, split_of, options.output / f"fold-{number}" / "data")
     write_fold(rows, {"train": sorted(set(rows["speaker"]))}, options.output / "all")

@@ -66,6 +66,16 @@ def test_a_run_is_continued_and_reported_beside_the_probe(data, parts, tmp_path,
         voices.main([*arguments, "--audio_window", "clip", "--learning_rate", "2e-3"])
 
 
+def test_the_folds_of_other_data_are_not_used(data, tmp_path):
+    rows = voices.voices(data)
+    folds = voices.divide_speakers(rows["speaker"], 2)
+    voices.check_same_data(rows, folds, tmp_path / "out")
+    voices.check_same_data(rows, folds, tmp_path / "out")
+    for other in ((rows.select(range(8)), folds), (rows, folds[:1])):
+        with pytest.raises(ValueError, match="folds of other data or another number of folds"):
+            voices.check_same_data(*other, tmp_path / "out")
+
+
 def test_a_linear_head_trains_on_the_same_folds_and_keeps_nothing(data, parts, tmp_path, capsys):
     config = tmp_path / "emotion.yaml"
     lines = [f"{name}: {path}" for name, path in parts.items()]
