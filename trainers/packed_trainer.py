@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 TEXT_KEYS = ("input_ids", "attention_mask")
 # Entries of a batch that the model does not take.
 _NOT_FOR_MODEL = (
-    *("labels", "row_ids", "sample_ids", "sample_places", "left_out", "logits_to_keep"),
+    *("labels", "row_ids", "sample_ids", "sample_places", "targets", "left_out", "logits_to_keep"),
     *("negative_of", "left_out_negatives", "clip_of", "left_out_clips"),
 )
 
@@ -98,6 +98,10 @@ class PackedTrainer(Trainer):
         """Return zeros (values,), to which `prediction_step` adds the sums that an evaluation averages."""
         raise NotImplementedError
 
+    def run_model(self, model, inputs: dict):
+        """Return the model's output for a batch."""
+        return model(**inputs, use_cache=False)
+
     def compute_frozen(self, rows) -> None:
         """Compute the outputs of frozen parts for a data set, unless already done."""
 
@@ -163,7 +167,7 @@ class PackedTrainer(Trainer):
         if not self._trusts_head and count == 0:  # the check needs an output, and all ranks must decide alike
             where, targets = tuple(index.new_zeros(1) for index in where), targets.new_zeros(1)
         with log_probabilities_from(self._head, where, targets) as given:
-            logits = model(**inputs, use_cache=False).logits
+            logits = self.run_model(model, inputs).logits
         if self._trusts_head or are_log_probabilities(logits, given):
             self._trusts_head = True
             return logits[:count]
@@ -176,7 +180,7 @@ class PackedTrainer(Trainer):
         given = self.padded_inputs(inputs)
         if self._takes_logits_to_keep and "logits_to_keep" in inputs:
             given["logits_to_keep"] = inputs["logits_to_keep"]
-        logits = model(**given, use_cache=False).logits[:, :-1]  # (sequences, kept positions, vocabulary)
+        logits = self.run_model(model, given).logits[:, :-1]  # (sequences, kept positions, vocabulary)
         labels = inputs["labels"][:, -logits.shape[1] :]  # (sequences, kept positions), shifted by one
         is_target = labels != IGNORE_INDEX
         selected = logits[is_target]  # (targets, vocabulary)

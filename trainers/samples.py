@@ -163,8 +163,8 @@ class StageCollator:
     out; it is never truncated, because each placeholder of its prompt needs its vector.
 
     Besides the model's inputs a batch has `sample_ids`, the names of its rows; `sample_places`, the positions of the
-    rows among the samples; and `left_out`, (name, reason) of each sample without a row. If all samples are left out,
-    the batch is one row of two tokens without a target, so that every rank runs the model.
+    rows among the samples; `targets`, their target texts; and `left_out`, (name, reason) of each sample without a row.
+    If all samples are left out, the batch is one row of two tokens without a target, so that every rank runs the model.
 
     Args:
         processor: an `EmpathicProcessor`.
@@ -263,7 +263,8 @@ class StageCollator:
             clips = ("video", "pixel_values_videos", "audio", "input_features")
             batch = {key: value for key, value in batch.items() if not key.startswith(clips)}
             batch |= stack_entries(entries)
-        return {**batch, "sample_ids": ids, "sample_places": places, "left_out": left_out}
+        targets = [samples[place]["target"] for place in places]
+        return {**batch, "sample_ids": ids, "sample_places": places, "targets": targets, "left_out": left_out}
 
     def _no_sample(self) -> dict:
         """A row of two tokens without a target."""

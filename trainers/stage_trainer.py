@@ -10,6 +10,7 @@ from .frozen.outputs import frozen_inputs
 from .packed_trainer import TEXT_KEYS, ComputeFrozenFirst, PackedTrainer, evaluate_batch, model_inputs
 from .packing.rows import pack_rows
 from .packing.shared_prefix import PackedBatch, drops
+from .word_alignment import clips_of_rows, contrast, emotion_labels, word_vectors
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,9 @@ class StageTrainer(PackedTrainer):
         config = (model.get_base_model() if isinstance(model, PeftModel) else model).config
         self._placeholders = {config.video_token_id, config.audio_token_id, config.memory_token_id}
         self._shares = not any(map(drops, self._decoder.modules()))
+        self._alignment_weight = getattr(self.args, "alignment_weight", 0.0)
+        self._words = word_vectors(model, self.processing_class) if self._alignment_weight > 0 else None
+        self._clip_vectors: dict[str, torch.Tensor | None] = {}
         self._trained_samples = 0
         if getattr(self.args, "cache_frozen_gib", 0) > 0:
             self.add_callback(ComputeFrozenFirst(self))
@@ -38,13 +42,16 @@ class StageTrainer(PackedTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """
         Compute the mean loss over the batch's targets, or the batch's share of the mean over `num_items_in_batch`
-        targets of the step; 0 for a batch without a target.
+        targets of the step; 0 for a batch without a target. In training, `alignment_weight` adds its loss.
 
         Raises:
             FloatingPointError: if the loss is NaN or infinite; the message names the step and the batch's samples.
         """
         logps, _ = self.log_probabilities(model, inputs)
-        loss = -logps.sum() / (max(len(logps), 1) if num_items_in_batch is None else num_items_in_batch)
+        loss = -logps.sum()
+        if self._words is not None and model.training and inputs["targets"]:
+            loss = loss + self._alignment_weight * len(logps) * self._alignment(inputs)  # a mean, for each target
+        loss = loss / (max(len(logps), 1) if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over the ranks
         names = inputs["sample_ids"]
@@ -53,6 +60,23 @@ class StageTrainer(PackedTrainer):
         if not torch.isfinite(loss.detach()).all():
             raise self.not_finite(f"the samples {', '.join(names)}", "one of them or the weights", "these samples")
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def run_model(self, model, inputs: dict):
+        """See `PackedTrainer`; with `alignment_weight`, the vectors of the clips are kept for the loss."""
+        output = super().run_model(model, inputs)
+        if self._words is not None and model.training:
+            self._clip_vectors = {"video": output.video_vectors, "audio": output.audio_vectors}
+        return output
+
+    def _alignment(self, inputs: dict) -> torch.Tensor:
+        """The mean `contrast` of the modalities of a batch."""
+        kept, self._clip_vectors = self._clip_vectors, {}  # not longer than needed: they hold the graph of the step
+        labels, losses = emotion_labels(inputs, self.args.device), []
+        for modality, there in clips_of_rows(inputs).items():
+            vectors = kept[modality]
+            if vectors is not None and there.any():
+                losses.append(contrast(vectors[: there.sum()], self._words.to(vectors.device), labels[there])[0])
+        return torch.stack(losses).mean()
 
     def pack(self, model, inputs: dict) -> tuple[PackedBatch, dict]:
         """See `PackedTrainer`."""

@@ -150,6 +150,20 @@ class StageConfig(TrainingArguments):
             "help": "How earlier turns are given: as `memory` vectors, as `text` (the ablation) or not at all (`none`)."
         },
     )
+    alignment_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Stage emotion: before the training, this many steps without the language model, in which a clip's "
+            "vectors learn to be near the language model's token embedding of its emotion."
+        },
+    )
+    alignment_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Stage emotion: weight of a further loss, by which a clip's vectors are nearer to the language "
+            "model's token embedding of its emotion than to those of the other emotions."
+        },
+    )
     use_media: bool = field(default=True, metadata={"help": "Stage dialogue: give the clips to the model."})
     reply_speakers: list[str] | None = field(
         default=None,
@@ -197,8 +211,9 @@ class StageConfig(TrainingArguments):
         for name in ("rebuild_ratio", "single_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)!r}.")
-        if self.cache_frozen_gib < 0:
-            raise ValueError(f"cache_frozen_gib must be at least 0, got {self.cache_frozen_gib!r}.")
+        for name in ("alignment_steps", "alignment_weight", "cache_frozen_gib"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)!r}.")
         if self.max_eval_samples < 1:
             raise ValueError(
                 f"max_eval_samples must be at least 1, got {self.max_eval_samples!r}. For no evaluation, give "

@@ -58,6 +58,7 @@ from .samples import SampleStream, StageCollator, dialogue_sample, draw_utteranc
 from .stage_trainer import StageTrainer
 from .stages import LORA_STAGES, MEMORY_STAGES, STAGES, StageConfig, check_choice, freeze_for_stage, lora_targets
 from .stopping import NOTICE, StopWhenAsked
+from .word_alignment import align_with_words
 
 logger = logging.get_logger(__name__)
 
@@ -443,9 +444,14 @@ def supervised_data(script, args) -> tuple[SampleStream, SampleStream | None]:
     Build the training and evaluation samples of a stage before EPO.
 
     Raises:
-        ValueError: if `cache_frozen_gib` is set in a stage that trains the parts whose outputs would be cached; if a
-            split is missing, or no sample is trained.
+        ValueError: if `cache_frozen_gib` is set in a stage that trains the parts whose outputs would be cached, or
+            an alignment in a stage that trains no Q-former; if a split is missing, or no sample is trained.
     """
+    for name in ("alignment_steps", "alignment_weight"):
+        if getattr(args, name) > 0 and script.stage != "emotion":
+            raise ValueError(
+                f"{name} is {getattr(args, name)}, but stage {script.stage} trains no Q-former. Leave it out."
+            )
     if args.cache_frozen_gib > 0 and script.stage != "dialogue":
         raise ValueError(
             f"cache_frozen_gib is set, but stage {script.stage} trains the parts whose outputs it would cache. Leave "
@@ -588,8 +594,13 @@ def train_stage(script: ScriptArguments, args: StageConfig | EPOConfig, model_ar
 
     build = epo_trainer if script.stage == "epo" else supervised_trainer
     trainer = build(script, args, data, model, processor)
-    if script.stage == "emotion" and isinstance(base, dict) and script.standardize_features and resume is None:
-        measure_standardizers(model, trainer.data_collator, data[0])
+    if script.stage == "emotion" and resume is None:
+        if isinstance(base, dict) and script.standardize_features:
+            measure_standardizers(model, trainer.data_collator, data[0])
+        if args.alignment_steps > 0 and not script.dry_run:
+            count = args.alignment_steps * args.per_device_train_batch_size
+            samples = SampleStream(data[0].sources, count, args.seed)
+            align_with_words(model, processor, trainer.data_collator, samples, args)
     start = model_args.model_name_or_path
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     run = new_run(script, args, model_args, base if start is None else start, num_trained)
