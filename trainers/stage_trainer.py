@@ -50,7 +50,8 @@ class StageTrainer(PackedTrainer):
         logps, _ = self.log_probabilities(model, inputs)
         loss = -logps.sum()
         if self._words is not None and model.training and inputs["targets"]:
-            loss = loss + self._alignment_weight * len(logps) * self._alignment(inputs)  # a mean, for each target
+            # A mean over the clips of this batch, which counts by its targets among the batches of a step.
+            loss = loss + self._alignment_weight * len(logps) * self._alignment(inputs)
         loss = loss / (max(len(logps), 1) if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over the ranks

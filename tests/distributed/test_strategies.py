@@ -63,7 +63,7 @@ NO_DROPOUT = {"emotion": ["--qformer_dropout", "0"], "dialogue": ["--lora_dropou
 SAMPLES = ["--log_samples", "1", "--log_samples_tokens", "3"]
 # The other stages have none. Replies are generated too, for which the processes have to stay together.
 DROPOUT = {
-    "emotion": ["--qformer_dropout", "0.1", *SAMPLES, "--alignment_steps", "2"],
+    "emotion": ["--qformer_dropout", "0.1", *SAMPLES, "--alignment_steps", "2", "--alignment_weight", "1"],
     "dialogue": ["--lora_dropout", "0.2", *SAMPLES],
 }
 
