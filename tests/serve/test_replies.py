@@ -51,11 +51,11 @@ def reply_of(processor, emitted, most=8, config=None, **options):
     return Reply(request, Prompt([1], torch.empty(0)), WrittenDecoder(processor.tokenizer), config, most)
 
 
-def write(reply, tokens, vocabulary=400):
+def write(reply, tokens, vocabulary=400, logit=20.0):
     """Let a reply choose these tokens, one after the other, until it ends."""
     for token in tokens:
         logits = torch.zeros(1, vocabulary)
-        logits[0, token] = 20.0
+        logits[0, token] = logit
         reply.choose(logits)
         if reply.reason:
             break
@@ -98,9 +98,9 @@ def test_every_token_before_the_end_has_its_log_probability(processor):
     tokens = processor.tokenizer("hello there", add_special_tokens=False)["input_ids"]
     emitted = []
     reply = reply_of(processor, emitted, 99, temperature=0, logprobs=3)
-    write(reply, [*tokens, processor.tokenizer.eos_token_id])
+    write(reply, [*tokens, processor.tokenizer.eos_token_id], logit=5.0)
     scores = [score for piece in emitted for score in piece.scores]
     assert [score.token for score in scores] == tokens
     assert all(score.top[0] == (score.token, score.logprob) and len(score.top) == 3 for score in scores)
-    expected = float(torch.tensor([20.0, *[0.0] * 399]).log_softmax(-1)[0])
+    expected = float(torch.tensor([5.0, *[0.0] * 399]).log_softmax(-1)[0])
     assert all(score.logprob == pytest.approx(expected) for score in scores)
