@@ -49,7 +49,7 @@ class StageTrainer(PackedTrainer):
         """
         logps, _ = self.log_probabilities(model, inputs)
         loss = -logps.sum()
-        if self._words is not None and model.training and inputs["targets"]:
+        if self._words is not None and model.training:
             # A mean over the clips of this batch, which counts by its targets among the batches of a step.
             loss = loss + self._alignment_weight * len(logps) * self._alignment(inputs)
         loss = loss / (max(len(logps), 1) if num_items_in_batch is None else num_items_in_batch)
@@ -70,14 +70,19 @@ class StageTrainer(PackedTrainer):
         return output
 
     def _alignment(self, inputs: dict) -> torch.Tensor:
-        """The mean `contrast` of the modalities of a batch."""
+        """The mean `contrast` of the modalities of a batch; 0 without a clip."""
         kept, self._clip_vectors = self._clip_vectors, {}  # not longer than needed: they hold the graph of the step
-        labels, losses = emotion_labels(inputs, self.args.device), []
+        labels, losses, unused = emotion_labels(inputs, self.args.device), [], []
         for modality, there in clips_of_rows(inputs).items():
             vectors = kept[modality]
-            if vectors is not None and there.any():
-                losses.append(contrast(vectors[: there.sum()], self._words.to(vectors.device), labels[there])[0])
-        return torch.stack(losses).mean()
+            if vectors is None:
+                continue
+            count = int(there.sum())
+            if count:
+                losses.append(contrast(vectors[:count], self._words.to(vectors.device), labels[there])[0])
+            # Under ZeRO-3, an output of the model must have a gradient in all processes or in none.
+            unused.append(0 * vectors[count:].sum())
+        return sum(unused) + (torch.stack(losses).mean() if losses else 0)
 
     def pack(self, model, inputs: dict) -> tuple[PackedBatch, dict]:
         """See `PackedTrainer`."""
