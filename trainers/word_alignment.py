@@ -18,13 +18,10 @@ from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from ..configuration_empathic import EMOTIONS
+from .frozen.standardize import CLIP_INPUTS
 
 SHARPNESS = 20.0  # of the softmax over cosine similarities, which lie between -1 and 1
 RECENT = 50  # steps whose accuracy is shown
-INPUTS = {
-    "video": ("pixel_values_videos", "video_mask", "video_encoder_states"),
-    "audio": ("input_features", "input_features_mask", "audio_encoder_states", "audio_encoder_mask"),
-}
 
 
 def word_vectors(model, processor, words: tuple[str, ...] = EMOTIONS) -> torch.Tensor:
@@ -121,8 +118,8 @@ def align_with_words(model, processor, collator: Callable[[list[dict]], dict], s
             if not there.any():
                 continue
             query = getattr(body, f"get_{modality}_features")
-            given = {name: batch[name] for name in INPUTS[modality] if name in batch}
-            vectors, own = query(**given).pooler_output[there], labels[there]
+            given = {name: batch[name][there] for name in CLIP_INPUTS[modality] if name in batch}
+            vectors, own = query(**given).pooler_output, labels[there]
             loss, hits = contrast(vectors, words, own)
             losses.append(loss + distance(vectors, words, own))
             clips, right = clips + len(own), right + hits

@@ -6,6 +6,11 @@ from typing import Any
 import torch
 
 SAMPLES, BATCH = 256, 16  # samples that are measured, of which each shows one or two clips
+# The inputs of the model that hold the clips of each modality.
+CLIP_INPUTS = {
+    "video": ("pixel_values_videos", "video_mask", "video_encoder_states"),
+    "audio": ("input_features", "input_features_mask", "audio_encoder_states", "audio_encoder_mask"),
+}
 LOWEST = 0.01  # a deviation is at least this share of the mean deviation: a channel may hardly vary
 
 
@@ -28,14 +33,8 @@ def measure_standardizers(model, collator: Callable[[list[dict]], dict], samples
     for start in range(0, min(SAMPLES, len(samples)), BATCH):
         batch = collator([samples[number] for number in range(start, min(start + BATCH, SAMPLES, len(samples)))])
         batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
-        for kind, keys, encode in (
-            ("video", ("pixel_values_videos", "video_mask", "video_encoder_states"), body.encode_video),
-            (
-                "audio",
-                ("input_features", "input_features_mask", "audio_encoder_states", "audio_encoder_mask"),
-                body.encode_audio,
-            ),
-        ):
+        for kind, keys in CLIP_INPUTS.items():
+            encode = getattr(body, f"encode_{kind}")
             states, mask = encode(**{key: batch[key] for key in keys if key in batch})
             there = mask.any(dim=1)
             weights = mask[there].float()
