@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
-from transformers.cache_utils import DynamicLayer
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import BaseStreamer, GenerationMode
 
 from .compat_empathic import CACHE
 from .configuration_empathic import MEMORY_SIZE
-from .decoding import can_decode, decode_one
+from .decoding import GrowingCache, can_decode, decode_one, first_logits
 from .memory_empathic import MemoryState
+from .modeling_empathic import MEDIA_KEYS
 from .sampling import plain_decoding
 from .thoughts import WrittenDecoder, is_thought_so_far, read_written
 
@@ -194,11 +194,31 @@ class TurnCost:
 
 
 @dataclass(frozen=True)
+class Prefilled:
+    """
+    The processed prompt of a turn, from `ChatSession.prefill`.
+
+    Attributes:
+        ids: the prompt (positions,), on the CPU.
+        cache: its keys and values; the session does not use it.
+        logits: the logits (1, vocabulary) of the first token of a reply.
+        reused_positions: the first positions, which an earlier turn or `warm_up` had processed.
+        recalled: places in `messages` of the utterances that the prompt has as text.
+    """
+
+    ids: torch.Tensor
+    cache: GrowingCache
+    logits: torch.Tensor
+    reused_positions: int
+    recalled: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class _Prefix:
     """The LLM's key-value cache of the first positions of a prompt, up to the first clip."""
 
     ids: torch.Tensor  # (positions,), on the CPU
-    cache: DynamicCache
+    cache: GrowingCache
     dropped: int  # number of memory vectors older than the first one in the prefix
 
 
@@ -228,7 +248,7 @@ class _Turn:
     arguments: dict  # of `generate`
     streams: bool  # whether `generate` supports a streamer with these arguments
     is_simple: bool  # whether `decode_one` generates the reply
-    cache: DynamicCache | None  # the cache that `generate` fills, if it is kept after the turn
+    cache: GrowingCache | None  # the cache that `generate` fills, if it is kept after the turn
     reused: int
     clock: "_Clock"
     recalled: tuple[int, ...]
@@ -442,6 +462,19 @@ class ChatSession:
             self._generate(turn)
             self._memory = replace(self._memory, prefix=self._keep_prefix(turn))
 
+    @torch.inference_mode()
+    def prefill(self, text: str) -> Prefilled:
+        """
+        Process the prompt of a turn and nothing more, so that the replies of several sessions can be decoded together
+        (`empathic.serve.rows`). The session does not change.
+        """
+        with self._alone():
+            turn = self._prepare(text, None, None, {"do_sample": False})
+        cache = turn.cache or GrowingCache.of(self.model)
+        media = {name: value for name, value in turn.arguments.items() if name in MEDIA_KEYS}
+        logits = first_logits(self.model, turn.arguments["input_ids"], cache, media)
+        return Prefilled(turn.ids, cache, logits, turn.reused, turn.recalled)
+
     def similar(self, text: str) -> tuple[int, ...]:
         """Return the places in `messages` of the `recall` utterances that are most like a text, in order."""
         memory = self._memory
@@ -611,25 +644,21 @@ class ChatSession:
 
     # ------------------------------------------------------------------ the key-value prefix
 
-    def _take_prefix(self, ids: torch.Tensor) -> tuple[DynamicCache | None, int]:
+    def _take_prefix(self, ids: torch.Tensor) -> tuple[GrowingCache | None, int]:
         """
         Return a cache of the longest prefix of the prompt that was processed before, and its length. The cache shares
         the kept tensors but never writes into them, so the kept prefix stays valid even if the turn fails.
         """
         prefix = self._memory.prefix
         if prefix is None:
-            cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
-            # Other layers (sliding windows, linear attention) cannot go back to an earlier position.
-            return (cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None), 0
+            cache = GrowingCache.of(self.model)
+            return (cache if cache.can_be_cut else None), 0
         shared = min(len(prefix.ids), len(ids) - 1)  # at least one position gives the first token's scores
         differs = ids[:shared] != prefix.ids[:shared]
         if prefix.dropped != self._memory.dropped:  # the placeholders are equal, but belong to other vectors
             differs |= ids[:shared] == self.model.config.memory_token_id
         shared = _first(differs)
-        cache = copy.copy(prefix.cache)
-        cache.layers = [copy.copy(layer) for layer in cache.layers]
-        cache.crop(shared - cache.get_seq_length())
-        return cache, shared
+        return prefix.cache.first(shared), shared
 
     def _keep_prefix(self, turn: _Turn) -> _Prefix | None:
         if turn.cache is None:

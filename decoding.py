@@ -1,10 +1,101 @@
-"""Token after token for one conversation, without the work that `generate` repeats for each token."""
+"""Token after token for one conversation, without the work that `generate` and its cache repeat for each token."""
+
+from __future__ import annotations
+
+import copy
+from threading import Lock
 
 import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from .compat_empathic import CACHE
 from .modeling_empathic import MEDIA_KEYS
+
+SPARE = 8  # a full buffer grows by one eighth of its length
+LEAST_SPARE = 32
+_reserving = Lock()
+
+
+class _Buffer:
+    """The keys and values of a layer, with room for more positions. Layers that share it write each position once."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int):
+        room = length + max(LEAST_SPARE, length // SPARE)
+        self.tensors = [one.new_empty(*one.shape[:-2], room, one.shape[-1]) for one in (keys, values)]
+        self.written = length
+
+    def reserve(self, start: int, end: int) -> bool:
+        """Reserve the positions from `start` to `end`, unless another layer has them or there is no room."""
+        keys = self.tensors[0]
+        if end > keys.shape[-2] or (keys.is_inference() and not torch.is_inference_mode_enabled()):
+            return False
+        with _reserving:
+            is_free = self.written == start
+            if is_free:
+                self.written = end
+        return is_free
+
+
+class _GrowingLayer(DynamicLayer):
+    """A `DynamicLayer` that writes new positions into spare room, where a `DynamicLayer` copies all positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.buffer: _Buffer | None = None
+        self.views: tuple = (None, None)  # of the buffer, as long as nothing else has replaced `keys` and `values`
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        if torch.is_grad_enabled():  # the buffer cannot be written into
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if self.keys is not self.views[0] or self.buffer is None or not self.buffer.reserve(start, end):
+            self.buffer = _Buffer(key_states, value_states, end)
+            if start:
+                for whole, part in zip(self.buffer.tensors, (self.keys, self.values), strict=True):
+                    whole[..., :start, :] = part
+        for whole, part in zip(self.buffer.tensors, (key_states, value_states), strict=True):
+            whole[..., start:end, :] = part
+        self.keys, self.values = self.views = tuple(whole[..., :end, :] for whole in self.buffer.tensors)
+        return self.keys, self.values
+
+
+class GrowingCache(DynamicCache):
+    """
+    A key-value cache of a conversation that takes a new position without a copy of all earlier ones.
+
+    The language model sees the keys and values of a `DynamicCache`. Room for 32 more positions, or an eighth more, is
+    spare.
+
+    Args:
+        config: config of the language model. Layers that are not plain (sliding windows, linear attention) stay as
+            `DynamicCache` makes them.
+    """
+
+    def __init__(self, config):
+        super().__init__(config=config)
+        self.can_be_cut = all(type(layer) is DynamicLayer for layer in self.layers)
+        self.layers = [_GrowingLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
+
+    @classmethod
+    def of(cls, model) -> GrowingCache:
+        """An empty cache for a model's language model."""
+        return cls(model.config.get_text_config(decoder=True))
+
+    def first(self, length: int) -> GrowingCache:
+        """
+        Return a cache of the first positions. Both share their tensors, and neither changes what the other has.
+
+        Only if `can_be_cut`: other layers cannot go back to an earlier position.
+        """
+        part = copy.copy(self)
+        part.layers = [copy.copy(layer) for layer in self.layers]
+        part.crop(min(0, length - self.get_seq_length()))
+        return part
 
 
 def can_decode(config: GenerationConfig) -> bool:
@@ -17,6 +108,20 @@ def next_logits(model, token: torch.LongTensor, cache) -> torch.Tensor:
     """Process a token (1, 1) after those in the cache, and return the logits (1, vocabulary) of the next one."""
     states = model.get_decoder()(inputs_embeds=model.get_input_embeddings()(token), use_cache=True, **{CACHE: cache})
     return model.lm_head(states.last_hidden_state[:, -1])
+
+
+def first_logits(model, input_ids: torch.LongTensor, cache, media: dict) -> torch.Tensor:
+    """
+    Process the positions of a prompt (1, length) that the cache lacks.
+
+    Args:
+        media: the inputs of `MEDIA_KEYS` that belong to these positions.
+
+    Returns:
+        the logits (1, vocabulary) of the first token of a reply.
+    """
+    new = input_ids[:, cache.get_seq_length() :]
+    return model(input_ids=new, use_cache=True, logits_to_keep=1, **{CACHE: cache}, **media).logits[:, -1]
 
 
 def decode_one(
@@ -43,8 +148,7 @@ def decode_one(
         `input_ids` and the new tokens (1, length).
     """
     cache, media = model_kwargs[CACHE], {key: value for key, value in model_kwargs.items() if key in MEDIA_KEYS}
-    new = input_ids[:, cache.get_seq_length() :]
-    logits = model(input_ids=new, use_cache=True, logits_to_keep=1, **{CACHE: cache}, **media).logits[:, -1]
+    logits = first_logits(model, input_ids, cache, media)
     while True:
         scores = logits.float()
         for process in logits_processor:

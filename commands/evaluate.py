@@ -278,6 +278,10 @@ def add_memory(commands) -> None:
     sub.add_argument(
         "--max_memories", type=positive, metavar="N", help="maximum memory vectors in a prompt (default: all that fit)"
     )
+    sub.add_argument(
+        "--batch_size", type=positive, default=1, metavar="N",
+        help="questions answered together, which is faster; the seconds are then their mean (%(default)s)",
+    )  # fmt: skip
     sub.add_argument("--device", help="device such as cpu or cuda:0 (default: a GPU if there is one)")
     sub.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the weights")
     sub.add_argument("--seed", type=int, default=0, help="seed for choosing the questions (%(default)s)")

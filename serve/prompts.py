@@ -14,14 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from ..chat import SOME_TURN, PromptWriter, check_memory_of, dropped_memories
 from ..compat_empathic import CACHE
+from ..decoding import GrowingCache
 from ..memory_empathic import MemoryState
 from ..modeling_empathic import audio_position_mask, encode_frames, encode_sound
 from .prefix_cache import PrefixCache, digest
@@ -134,13 +133,7 @@ class Prompt:
     embeddings: torch.Tensor
     reused: int = 0
     blocks: list[bytes] = field(default_factory=list)
-    cache: DynamicCache | None = None
-
-
-def can_cut_cache(model) -> bool:
-    """Whether the language model's cache can be cut into blocks: not with sliding windows or linear attention."""
-    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-    return all(type(layer) is DynamicLayer for layer in layers)
+    cache: GrowingCache | None = None
 
 
 class FrontEnd:
@@ -163,7 +156,7 @@ class FrontEnd:
     def __init__(self, model, processor, cache: PrefixCache, max_memories: int | None = None, keeps_keys: bool = True):
         check_memory_of(model, processor)
         self.model, self.processor, self.cache, self.max_memories = model, processor, cache, max_memories
-        self.keeps_keys = keeps_keys and can_cut_cache(model)
+        self.keeps_keys = keeps_keys and GrowingCache.of(model).can_be_cut
         self.tokens_read = 0
         self.encodes_together = model.device.type != "cpu"
         self._writer = PromptWriter(processor, model.config.memory_token_id)
@@ -366,10 +359,10 @@ class FrontEnd:
             if layers is not None:
                 found.append(layers)
         prompt.reused = len(found) * PROMPT_BLOCK
-        prompt.cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        cache = prompt.cache = GrowingCache.of(self.model)
         for layer in range(len(found[0]) if found else 0):
             keys, values = (torch.cat([block[layer][which] for block in found], dim=-2) for which in (0, 1))
-            prompt.cache.update(keys, values, layer)
+            cache.update(keys, values, layer)
 
     def _embed(self, ids: list[int], vectors: torch.Tensor | None, inputs) -> torch.Tensor:
         """Return the embeddings (positions, hidden_size) of a prompt from some position on, where the memory has the
@@ -397,14 +390,14 @@ def fill_cache(model, prompt: Prompt, cache: PrefixCache) -> Steps[torch.Tensor]
         the logits (1, vocabulary) of the first token.
     """
     if prompt.cache is None:
-        prompt.cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        prompt.cache = GrowingCache.of(model)
     decoder, done = model.model.language_model, 0
     split, kept = prompt.reused // PROMPT_BLOCK, []
     for _ in prompt.blocks[split:]:
         block = prompt.embeddings[None, done : done + PROMPT_BLOCK]
         decoder(inputs_embeds=block, use_cache=True, **{CACHE: prompt.cache})
         done += PROMPT_BLOCK
-        pairs = [(layer.keys, layer.values) for layer in cast(list[DynamicLayer], prompt.cache.layers)]
+        pairs = [(layer.keys, layer.values) for layer in cast(list[Any], prompt.cache.layers)]
         kept.append([[cast(torch.Tensor, tensor)[..., -PROMPT_BLOCK:, :].clone() for tensor in pair] for pair in pairs])
         yield
     # The first block is marked as used last, so that the end of a prompt is evicted before what it builds on.

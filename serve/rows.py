@@ -19,7 +19,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..compat_empathic import CACHE
-from ..decoding import next_logits
+from ..decoding import GrowingCache, next_logits
 
 ROWS_AT_ONCE = 4
 IMPLEMENTATION = "empathic_rows"
@@ -61,8 +61,11 @@ AttentionInterface.register(IMPLEMENTATION, _attend)
 def decodes_in_batches(model) -> bool:
     """Whether `decode` can run several rows of this model at once."""
     decoder = model.model.language_model
-    plain = all(type(layer).__name__ == "DynamicLayer" for layer in DynamicCache(config=decoder.config).layers)
-    return plain and decoder.config._attn_implementation == "sdpa" and decoder._supports_attention_backend
+    return (
+        GrowingCache.of(model).can_be_cut
+        and decoder.config._attn_implementation == "sdpa"
+        and decoder._supports_attention_backend
+    )
 
 
 @contextmanager
@@ -106,3 +109,34 @@ def decode(model, tokens: Sequence[int], caches: Sequence[DynamicCache], max_row
             **{CACHE: combined},
         )
     return model.lm_head(outputs.last_hidden_state[:, -1])[: len(tokens)]
+
+
+def decode_greedily(
+    model, logits: torch.Tensor, caches: Sequence[DynamicCache], max_new_tokens: int
+) -> list[list[int]]:
+    """
+    Generate the most likely tokens of several replies.
+
+    Args:
+        model: an `EmpathicForConditionalGeneration`. Of its generation config, the tokens that end a reply and
+            `suppress_tokens` are used.
+        logits: the logits (rows, vocabulary) of each reply's first token.
+        caches: the key-value cache of each reply's prompt.
+        max_new_tokens: the maximum number of tokens of a reply.
+
+    Returns:
+        the tokens of each reply, with the one that ended it.
+    """
+    config, replies = model.generation_config, [[] for _ in caches]
+    ends = {config.eos_token_id} if isinstance(config.eos_token_id, int) else set(config.eos_token_id or ())
+    going = list(range(len(caches)))
+    while True:
+        scores = logits.float()
+        if config.suppress_tokens:
+            scores[:, config.suppress_tokens] = float("-inf")
+        for row, token in zip(going, scores.argmax(-1).tolist(), strict=True):
+            replies[row].append(token)
+        going = [row for row in going if replies[row][-1] not in ends and len(replies[row]) < max_new_tokens]
+        if not going:
+            return replies
+        logits = decode(model, [replies[row][-1] for row in going], [caches[row] for row in going], len(caches))

@@ -847,3 +847,18 @@ def test_a_thought_whose_beginning_was_in_the_prompt_stays_as_it_was_shown(model
     shown = "".join(session.stream("hello", logits_processor=[Dictated(ids)], **options))
     assert shown == session.messages[1]["content"] == "she is sad</think> sorry"
     assert ChatSession(model, processor).reply("hello", logits_processor=[Dictated(ids)], **options) == "sorry"
+
+
+def test_a_prompt_is_processed_without_a_reply(model, processor):
+    session = ChatSession(model.eval(), processor, recall=1, embed=lambda texts: [[float(len(text))] for text in texts])
+    session.remember({"role": "user", "content": "hello there"}, {"role": "assistant", "content": "i am fine"})
+    session.warm_up()
+    before, twin = snapshot(session), session.fork()
+    found = session.prefill("what did he say")
+    assert_unchanged(session, before)
+    reply = twin.reply("what did he say", do_sample=False, max_new_tokens=1)
+    assert processor.decode(found.logits.argmax(-1)) == reply
+    cost = twin.last_turn
+    assert len(found.ids) == cost.new_positions + cost.reused_positions == found.cache.get_seq_length()
+    assert (found.reused_positions, found.recalled) == (cost.reused_positions, cost.recalled) and found.recalled
+    assert session.prefill("what did he say").reused_positions == found.reused_positions > 0

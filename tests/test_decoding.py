@@ -1,13 +1,15 @@
 """Token after token: the same tokens as `generate`."""
 
 import copy
+from threading import Barrier, Thread
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig, StoppingCriteria
+from transformers import AutoConfig, DynamicCache, GenerationConfig, StoppingCriteria
 
 from empathic.chat import ChatSession
-from empathic.decoding import can_decode, decode_one
+from empathic.compat_empathic import CACHE
+from empathic.decoding import GrowingCache, can_decode, decode_one
 
 TURN = {"role": "user", "content": "what did he say"}
 
@@ -110,3 +112,115 @@ def test_what_it_does_not_do_is_left_to_generate(model, processor, options, monk
     reply = session.reply("hello there", do_sample=False, max_new_tokens=5, tokenizer=processor.tokenizer, **options)
     assert "custom_generate" not in seen[0]
     assert reply == ChatSession(model, processor).reply("hello there", do_sample=False, max_new_tokens=5)
+
+
+def process(model, cache, ids):
+    """Run the language model over positions after those of a cache."""
+    states = model.model.language_model(input_ids=torch.tensor([ids]), use_cache=True, **{CACHE: cache})
+    return states.last_hidden_state
+
+
+def tensors_of(cache):
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+def assert_same(cache, other):
+    assert cache.get_seq_length() == other.get_seq_length()
+    assert all(torch.equal(one, two) for one, two in zip(tensors_of(cache), tensors_of(other), strict=True))
+
+
+@torch.no_grad()
+def test_a_growing_cache_is_a_dynamic_one_that_does_not_copy(model):
+    caches = [GrowingCache.of(model.eval()), DynamicCache(config=model.config.text_config)]
+    assert caches[0].can_be_cut
+    for ids in ([5, 6, 7], [8] * 30, [9]):
+        assert torch.equal(*(process(model, cache, ids) for cache in caches))
+    states = [[], []]
+    places = set()
+    for step in range(120):
+        for cache, kept in zip(caches, states, strict=True):
+            kept.append(process(model, cache, [step]))
+        places.add(caches[0].layers[0].keys.data_ptr())
+    assert torch.equal(torch.cat(states[0]), torch.cat(states[1]))
+    assert_same(*caches)
+    assert len(places) <= 5  # room for 32 more positions each time; a dynamic cache moves 120 times
+    for cache in caches:
+        cache.crop(-7)
+        cache.reorder_cache(torch.tensor([0, 0]))
+        cache.batch_select_indices(torch.tensor([1]))
+        process(model, cache, [4, 5])
+    assert_same(*caches)
+    for cache in caches:
+        cache.reset()
+        process(model, cache, [4, 5])
+    assert_same(*caches)
+
+
+def test_the_spare_room_of_a_long_cache_is_an_eighth_of_it():
+    layer = GrowingCache(AutoConfig.for_model("llama", num_hidden_layers=1)).layers[0]
+    part, places = torch.zeros(1, 1, 1, 2), []
+    with torch.no_grad():
+        for _ in range(4000):
+            keys, _ = layer.update(part, part)
+            places.append(keys.data_ptr())
+            assert keys.untyped_storage().nbytes() // 8 <= keys.shape[-2] * 9 / 8 + 33
+    assert len(set(places)) < 60
+
+
+@torch.no_grad()
+def test_parts_of_a_growing_cache_share_what_they_have_and_nothing_else(model):
+    whole = GrowingCache.of(model.eval())
+    process(model, whole, [5, 6, 7, 8])
+    same, shorter, none = whole.first(4), whole.first(2), whole.first(0)
+    assert same.layers[0].keys.data_ptr() == whole.layers[0].keys.data_ptr() == shorter.layers[0].keys.data_ptr()
+    given = {whole: [5, 6, 7, 8], same: [5, 6, 7, 8], shorter: [5, 6], none: []}
+    for cache, more in ((same, [1]), (whole, [2]), (shorter, [3, 4]), (same, [9]), (none, [7]), (whole, [3])):
+        process(model, cache, more)
+        given[cache] = given[cache] + more
+    for cache, ids in given.items():
+        fresh = DynamicCache(config=model.config.text_config)
+        process(model, fresh, ids)
+        assert cache.get_seq_length() == len(ids)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(tensors_of(cache), tensors_of(fresh), strict=True))
+
+
+def test_a_growing_cache_goes_on_outside_of_inference_mode_and_with_gradients(model):
+    cache, other = GrowingCache.of(model.eval()), DynamicCache(config=model.config.text_config)
+    for kept in (cache, other):
+        with torch.inference_mode():
+            process(model, kept, [5, 6])
+        with torch.no_grad():
+            process(model, kept, [7])
+            process(model, kept, [8])
+        with torch.inference_mode():
+            process(model, kept, [9])
+    assert_same(cache, other)
+    fresh = GrowingCache.of(model)
+    process(model, fresh, [5, 6])
+    process(model, fresh, [7]).sum().backward()
+    assert model.model.language_model.embed_tokens.weight.grad[5].abs().sum() > 0
+
+
+def test_parts_of_a_growing_cache_grow_in_threads():
+    start = GrowingCache(AutoConfig.for_model("llama", num_hidden_layers=1))
+    with torch.no_grad():
+        start.update(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2), 0)
+    threads, barrier, found = 4, Barrier(4), {}
+
+    @torch.no_grad()
+    def grow(number):
+        for turn in range(50):
+            cache = start.first(3)
+            barrier.wait()
+            part = torch.full((1, 1, 1, 2), float(number))
+            for _ in range(4):
+                keys, values = cache.update(part, part, 0)
+            found[number, turn] = torch.cat([keys, values]).clone()
+
+    running = [Thread(target=grow, args=(number,)) for number in range(threads)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    assert len(found) == 200
+    assert all((keys[:, :, 3:] == number).all() for (number, _), keys in found.items())

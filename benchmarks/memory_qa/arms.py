@@ -18,14 +18,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from ...chat import ChatSession, Keys, searchable
-from ...compat_empathic import CACHE
-from ...sampling import plain_decoding
+from ...decoding import GrowingCache, first_logits
+from ...serve.rows import decode_greedily
 from ...thoughts import WrittenDecoder
-from ..efficiency_arms import fork, shared
+from ..efficiency_arms import shared
 from .sources import Question, Said
 
 RESERVE = 16  # positions for the words of a template before the memory and before recalled turns
@@ -51,7 +49,7 @@ class Answered:
     Attributes:
         text: the answer.
         positions, new_positions: positions of the prompt, and those that were processed for this question.
-        seconds: time of the question, with retrieval.
+        seconds: time of the question, with retrieval; of questions answered together, their mean.
         held_bytes: keys and values of the prompt, memory vectors and memory state at the end of the prompt.
         shown: ids of the utterances in the prompt, as text or as vectors.
     """
@@ -60,6 +58,18 @@ class Answered:
     positions: int
     new_positions: int
     seconds: float
+    held_bytes: int
+    shown: frozenset[str]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A question whose prompt is processed. `reused` positions of it were processed before."""
+
+    logits: torch.Tensor
+    cache: GrowingCache
+    positions: int
+    reused: int
     held_bytes: int
     shown: frozenset[str]
 
@@ -163,25 +173,27 @@ class Arms:
         self._sessions: dict[str, ChatSession] = {}
         self._recalling: tuple[ChatSession, float] | None = None
         self._starts: dict[str, int] = {}
-        self._prefixes: dict[str, tuple[list[int], DynamicCache]] = {}
+        self._prefixes: dict[str, tuple[list[int], GrowingCache]] = {}
         self._keys: Keys | None = None
         self._decode = WrittenDecoder(processor.tokenizer)
-        layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-        self._reuses = all(type(layer) is DynamicLayer for layer in layers)
 
-    def answer(self, arm: str, question: str) -> Answered:
-        """Answer a question in an arm."""
+    @torch.inference_mode()
+    def answer(self, arm: str, questions: Sequence[str]) -> list[Answered]:
+        """Answer questions in an arm. Their prompts are processed one by one, and the answers decoded together."""
         if arm not in self.reading_seconds:
             start = time.perf_counter()
             elsewhere = self._begin(arm)
             self.reading_seconds[arm] = time.perf_counter() - start + elsewhere
-        if arm in self._sessions:
-            return self._from_memory(self._sessions[arm].fork(), question)
-        start, places = time.perf_counter(), range(self._starts.get(arm, len(self.said)), len(self.said))
-        shown = [self.said[place] for place in places]
-        if arm == "retrieval":
-            shown = [self.said[place] for place in self._near(question)]
-        return self._from_text(arm, shown, question, start)
+        start = time.perf_counter()
+        asked = [self._process(arm, question) for question in questions]
+        logits, caches = torch.cat([one.logits for one in asked]), [one.cache for one in asked]
+        tokens = decode_greedily(self.model, logits, caches, self.settings.max_new_tokens)
+        texts = [self._decode(ids).reply for ids in tokens]
+        seconds = (time.perf_counter() - start) / len(questions)
+        return [
+            Answered(text, one.positions, one.positions - one.reused, seconds, one.held_bytes, one.shown)
+            for text, one in zip(texts, asked, strict=True)
+        ]
 
     # ------------------------------------------------------------------ what does not depend on the question
 
@@ -205,7 +217,7 @@ class Arms:
             self._sessions[arm] = session
             session.warm_up()
         if arm in ("full", "last"):
-            self._from_text(arm, self.said[self._starts[arm] :], self.longest, 0.0, max_new_tokens=1)
+            self._from_text(arm, self._newest(arm), self.longest)
         return elsewhere
 
     def _recalling_session(self) -> tuple[ChatSession, float]:
@@ -257,8 +269,17 @@ class Arms:
         turn = {"role": "user", "content": as_turn(question)}
         return self.processor.prepare([opening, *messages, turn], history="text", recalled=recalled)
 
-    @torch.inference_mode()
-    def _from_text(self, arm: str, shown: Sequence[Said], question: str, start: float, **more) -> Answered:
+    def _process(self, arm: str, question: str) -> _Asked:
+        """Process the prompt of a question."""
+        if arm in self._sessions:
+            return self._from_memory(self._sessions[arm].fork(), question)
+        shown = [self.said[place] for place in self._near(question)] if arm == "retrieval" else self._newest(arm)
+        return self._from_text(arm, shown, question)
+
+    def _newest(self, arm: str) -> Sequence[Said]:
+        return self.said[self._starts[arm] :]
+
+    def _from_text(self, arm: str, shown: Sequence[Said], question: str) -> _Asked:
         if arm == "retrieval":
             messages, recalled = [], [_message(turn, True) for turn in shown]
             while recalled and len(self._prepare([], recalled, question)["input_ids"]) > self.max_prompt:
@@ -266,34 +287,23 @@ class Arms:
         else:
             messages, recalled = _session_starts(shown), []
         ids = self._prepare(messages, recalled, question)["input_ids"]
-        cache, reused = None, 0
-        if self._reuses:
-            known, cache = self._prefixes.get(arm, ([], DynamicCache(config=self.model.config.text_config)))
-            reused = shared(known, ids)
-            cache = fork(cache, reused)
-        row = torch.tensor([ids], device=self.model.device)
-        options = plain_decoding(**{"max_new_tokens": self.settings.max_new_tokens, **more})
-        given = {} if cache is None else {CACHE: cache}
-        output = self.model.generate(input_ids=row, attention_mask=torch.ones_like(row), **given, **options)
-        if cache is not None:
-            cache.crop(len(ids) - cache.get_seq_length())
-            self._prefixes[arm] = ids, cache
-        text = self._decode(output[0, len(ids) :].tolist()).reply
-        spent, held = time.perf_counter() - start, len(ids) * self._bytes_per_position()
-        return Answered(text, len(ids), len(ids) - reused, spent, held, frozenset(turn.id for turn in shown))
+        known, cache = self._prefixes.get(arm, ([], GrowingCache.of(self.model)))
+        reused = shared(known, ids)
+        cache = cache.first(reused)
+        logits = first_logits(self.model, torch.tensor([ids], device=self.model.device), cache, {})
+        if cache.can_be_cut:
+            self._prefixes[arm] = ids, cache.first(len(ids))
+        held = len(ids) * self._bytes_per_position()
+        return _Asked(logits, cache, len(ids), reused, held, frozenset(turn.id for turn in shown))
 
-    @torch.inference_mode()
-    def _from_memory(self, session: ChatSession, question: str) -> Answered:
+    def _from_memory(self, session: ChatSession, question: str) -> _Asked:
         in_memory = self.said[len(self.said) - session.remembered :]
         held = sum(tensor.nbytes for tensor in session.state.state_dict().values()) + session.vectors.nbytes
-        text = session.reply(as_turn(question), do_sample=False, max_new_tokens=self.settings.max_new_tokens)
-        cost = session.last_turn
-        assert cost is not None
-        positions = cost.new_positions + cost.reused_positions
+        turn = session.prefill(as_turn(question))
+        positions = len(turn.ids)
         held += positions * self._bytes_per_position()
-        recalled = [self.said[place] for place in cost.recalled]
-        shown = frozenset(turn.id for turn in (*in_memory, *recalled))
-        return Answered(text, positions, cost.new_positions, cost.seconds, held, shown)
+        shown = frozenset(said.id for said in (*in_memory, *(self.said[place] for place in turn.recalled)))
+        return _Asked(turn.logits, turn.cache, positions, turn.reused_positions, held, shown)
 
     def _bytes_per_position(self) -> int:
         """Bytes of the keys and values of a position in all layers."""

@@ -25,7 +25,7 @@ from ...modeling_empathic import EmpathicForConditionalGeneration
 from ...processing_empathic import EmpathicProcessor
 from ..efficiency_report import number, table
 from ..machine import describe_machine
-from .arms import AFTER, BEFORE, SYSTEM, Arms, Settings, ask, read_choice, without_name
+from .arms import AFTER, BEFORE, SYSTEM, Answered, Arms, Settings, ask, read_choice, without_name
 from .scoring import SCORES
 from .sources import Benchmark, Conversation, Question, load_benchmark
 
@@ -77,27 +77,21 @@ class AnswerFile:
     """
 
     def __init__(self, path: Path):
-        self.path, self.lines = path, []
-        for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
+        self.path, self._lines = path, {}
+        for text in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
             try:
-                self.lines.append(json.loads(line))
+                line = json.loads(text)
             except ValueError:
                 continue
+            self._lines[line["arm"], line["question_id"], line["key"]] = line
 
     def find(self, arm: str, question_id: str, key: str) -> dict | None:
         """Return the answer that was given with these settings, or None."""
-        return next((line for line in self._by_question.get((arm, question_id), []) if line["key"] == key), None)
-
-    @property
-    def _by_question(self) -> dict:
-        if not hasattr(self, "_index"):
-            self._index: dict = {}
-            for line in self.lines:
-                self._index.setdefault((line["arm"], line["question_id"]), []).append(line)
-        return self._index
+        return self._lines.get((arm, question_id, key))
 
     def add(self, line: dict) -> None:
         """Append an answer."""
+        self._lines[line["arm"], line["question_id"], line["key"]] = line
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
@@ -210,20 +204,24 @@ def _answer_all(options: argparse.Namespace, benchmark: Benchmark, settings: Set
             arms = Arms(model, processor, conversation.said, every, settings, embed)
             key = fingerprint([about, [asdict(said) for said in conversation.said]])
             for arm in options.arms:
+                keys = {question.id: fingerprint([key, asked[question.id][0]]) for question in questions}
+                missing = [question for question in questions if file.find(arm, question.id, keys[question.id]) is None]
+                for start in range(0, len(missing), options.batch_size):
+                    batch = missing[start : start + options.batch_size]
+                    answered = arms.answer(arm, [asked[question.id][0] for question in batch])
+                    for question, answer in zip(batch, answered, strict=True):
+                        line = _line(arms, arm, conversation, question, asked[question.id], answer)
+                        file.add({"arm": arm, "key": keys[question.id], "batch": len(batch), **line})
+                        bar.update()
+                bar.update(len(questions) - len(missing))
                 for question in questions:
-                    text, choices = asked[question.id]
-                    own = fingerprint([key, text])
-                    line = file.find(arm, question.id, own)
-                    if line is None:
-                        line = _answer(benchmark.name, arms, arm, conversation, question, text, choices)
-                        line = {"arm": arm, "key": own, **line}
-                        file.add(line)
+                    line = file.find(arm, question.id, keys[question.id])
+                    assert line is not None
                     # The key of an answer may have been corrected since.
                     line["score"] = SCORES[benchmark.name](question, line["hypothesis"])
                     line["answer"] = question.answer
                     line["evidence_recall"] = _recall(question, set(line["shown_evidence"]))
                     used[arm].append(line)
-                    bar.update()
     file.keep([line for lines in used.values() for line in lines])
     results = {
         "model": options.model,
@@ -245,11 +243,11 @@ def _answer_all(options: argparse.Namespace, benchmark: Benchmark, settings: Set
     return results
 
 
-def _answer(
-    benchmark: str, arms: Arms, arm: str, conversation: Conversation, question: Question, text: str, choices: dict
+def _line(
+    arms: Arms, arm: str, conversation: Conversation, question: Question, asked: tuple[str, dict], answered: Answered
 ) -> dict:
-    """Answer a question in an arm; return the line of the file without its key."""
-    answered = arms.answer(arm, text)
+    """The line of the file for an answer, without its key."""
+    text, choices = asked
     hypothesis = without_name(answered.text, {said.name for said in conversation.said})
     return {
         "conversation": conversation.id,

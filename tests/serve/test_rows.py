@@ -7,7 +7,8 @@ import torch
 from transformers import DynamicCache
 
 from empathic.compat_empathic import CACHE
-from empathic.serve.rows import decode, decodes_in_batches
+from empathic.decoding import GrowingCache
+from empathic.serve.rows import decode, decode_greedily, decodes_in_batches
 
 
 @pytest.fixture(autouse=True)
@@ -93,3 +94,27 @@ def test_a_model_with_other_attention_is_decoded_row_by_row(model):
     assert not decodes_in_batches(model)
     tokens, caches = prompts(model, [3, 9])
     assert torch.equal(run(model, tokens, caches, 8), run(model, tokens, caches, 1))
+
+
+def test_replies_decoded_together_are_those_of_generate(model):
+    model.eval()
+    model.generation_config.suppress_tokens = [7, 8]
+    prompts = [
+        torch.randint(0, 100, (1, length), generator=torch.Generator().manual_seed(length)) for length in (3, 30, 9)
+    ]
+    options = {"do_sample": False, "max_new_tokens": 9, "pad_token_id": 0}
+
+    def generated(row):
+        return model.generate(input_ids=row, **options)[0, row.shape[1] :].tolist()
+
+    model.generation_config.eos_token_id = [generated(prompts[1])[4], 5]
+    expected = [generated(row) for row in prompts]
+    assert len({len(reply) for reply in expected}) > 1  # they end at different times
+    for rows in ([0, 1, 2], [2], [1, 0]):
+        logits, caches = [], []
+        for row in rows:
+            caches.append(GrowingCache.of(model))
+            logits.append(model(input_ids=prompts[row], use_cache=True, **{CACHE: caches[-1]}).logits[:, -1])
+        assert decode_greedily(model, torch.cat(logits), caches, 9) == [expected[row] for row in rows]
+    model.generation_config.suppress_tokens = expected[0][:1]
+    assert expected[0][0] not in decode_greedily(model, logits[-1], [caches[-1]], 9)[0]

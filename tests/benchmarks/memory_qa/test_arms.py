@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 
+from empathic import chat
 from empathic.benchmarks.memory_qa import ARMS
+from empathic.benchmarks.memory_qa import arms as memory_qa_arms
 from empathic.benchmarks.memory_qa.arms import (
     AFTER,
     BEFORE,
@@ -19,6 +21,7 @@ from empathic.benchmarks.memory_qa.arms import (
 )
 from empathic.benchmarks.memory_qa.sources import Question, Said
 from empathic.cli import main as cli
+from empathic.decoding import first_logits
 
 WORDS = "hello there how are you i am fine thanks what did he say about the old dog of clara".split()
 
@@ -36,15 +39,16 @@ def talk(turns):
 
 
 @pytest.fixture
-def prompts(model, monkeypatch):
-    """The inputs of each `model.generate` call."""
-    seen, generate = [], model.generate
+def prompts(monkeypatch):
+    """The prompts that were processed."""
+    seen = []
 
-    def spy(**kwargs):
-        seen.append(kwargs["input_ids"][0].tolist())
-        return generate(**kwargs)
+    def spy(model, input_ids, cache, media):
+        seen.append(input_ids[0].tolist())
+        return first_logits(model, input_ids, cache, media)
 
-    monkeypatch.setattr(model, "generate", spy)
+    for module in (memory_qa_arms, chat):
+        monkeypatch.setattr(module, "first_logits", spy)
     return seen
 
 
@@ -55,10 +59,10 @@ def build(model, processor, turns=12, asked=("what did he say", "how are you"), 
 
 def test_each_arm_has_its_part_of_the_conversation(model, processor, prompts):
     arms, placeholder = build(model, processor), model.config.memory_token_id
-    found = {arm: arms.answer(arm, "what did he say") for arm in ARMS}
+    found = {arm: arms.answer(arm, ["what did he say"])[0] for arm in ARMS}
     texts = {}
     for arm in ARMS:
-        arms.answer(arm, "what did he say")
+        arms.answer(arm, ["what did he say"])[0]
         texts[arm] = processor.decode(prompts[-1])
         assert SYSTEM in texts[arm] and texts[arm].count(f"{BEFORE}what did he say{AFTER}") == 1
         assert prompts[-1].count(placeholder) == (12 if arm.startswith("memory") else 0)
@@ -83,25 +87,38 @@ def test_each_arm_has_its_part_of_the_conversation(model, processor, prompts):
 def test_what_does_not_depend_on_the_question_is_processed_once(model, processor):
     arms = build(model, processor)
     for arm in ARMS:
-        first, second = arms.answer(arm, "what did he say"), arms.answer(arm, "how are you")
+        first, second = arms.answer(arm, ["what did he say"])[0], arms.answer(arm, ["how are you"])[0]
         assert second.new_positions < second.positions
         assert (first.new_positions < first.positions) == (
             arm != "retrieval"
         )  # which has nothing but the system prompt
         # A new object answers alike, from nothing.
-        assert build(model, processor).answer(arm, "how are you").text == second.text
+        assert build(model, processor).answer(arm, ["how are you"])[0].text == second.text
         assert arms.reading_seconds[arm] > 0
 
 
+@pytest.mark.parametrize("arm", ARMS)
+def test_questions_answered_together_have_the_answers_of_each_alone(model, processor, arm):
+    asked = ["what did he say", "how are you", "i am fine thanks how are you", "hello"]
+    alone, together = build(model, processor, asked=asked), build(model, processor, asked=asked)
+    for arms in (alone, together):  # each prompt is then processed after the same positions
+        arms.answer(arm, asked[:1])
+    expected, found = [alone.answer(arm, [text])[0] for text in asked], together.answer(arm, asked)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.text, one.positions, one.shown) == (other.text, other.positions, other.shown)
+        assert (one.new_positions, one.held_bytes) == (other.new_positions, other.held_bytes)
+    assert len({one.seconds for one in found}) == 1 and len({one.positions for one in found}) > 1
+
+
 def test_a_text_that_is_too_long_loses_its_oldest_turns(model, processor, prompts):
-    whole = build(model, processor, 40).answer("full", "how are you").positions
+    whole = build(model, processor, 40).answer("full", ["how are you"])[0].positions
     arms = build(model, processor, 40, max_positions=whole // 2)
-    found = arms.answer("full", "how are you")
+    found = arms.answer("full", ["how are you"])[0]
     assert whole // 3 < found.positions <= whole // 2 - 4
     assert "t39" in found.shown and "t0" not in found.shown
-    memory = build(model, processor, 300, max_positions=300, top_k=1).answer("memory_retrieval", "how are you")
+    memory = build(model, processor, 300, max_positions=300, top_k=1).answer("memory_retrieval", ["how are you"])[0]
     assert memory.positions <= 296 and "t299" in memory.shown and len(memory.shown) < 300
-    assert build(model, processor, max_memories=5).answer("memory", "how are you").shown <= {
+    assert build(model, processor, max_memories=5).answer("memory", ["how are you"])[0].shown <= {
         f"t{i}" for i in range(7, 12)
     }
     with pytest.raises(ValueError, match="Give a larger max_positions"):
@@ -113,8 +130,8 @@ def test_both_arms_retrieve_the_same_turns_and_find_a_speaker_by_the_name(model,
     asked = [f"{turn.name} fine thanks" for turn in said]
     arms = Arms(model.eval(), processor, said, asked, Settings(top_k=1, max_new_tokens=2), letters)
     for turn, question in zip(said, asked, strict=True):
-        assert arms.answer("retrieval", question).shown == {turn.id}
-        assert arms.answer("memory_retrieval", question).shown == {"t0", "t1", "t2"}
+        assert arms.answer("retrieval", [question])[0].shown == {turn.id}
+        assert arms.answer("memory_retrieval", [question])[0].shown == {"t0", "t1", "t2"}
         session = arms._recalling_session()[0].fork()
         session.reply(BEFORE + question + AFTER, max_new_tokens=2)
         assert [said[place].id for place in session.last_turn.recalled] == [turn.id]
@@ -125,9 +142,12 @@ def test_retrieval_by_the_memorys_own_vectors(model, processor):
     session = arms._recalling_session()[0].fork()
     session.reply(as_turn("what did he say"), max_new_tokens=2)
     recalled = {arms.said[place].id for place in session.last_turn.recalled}
-    assert arms.answer("retrieval", "what did he say").shown == recalled
-    assert len(arms.answer("retrieval", "what did he say").shown) == 2
-    assert arms.answer("memory_retrieval", "what did he say").positions > arms.answer("memory", "how are you").positions
+    assert arms.answer("retrieval", ["what did he say"])[0].shown == recalled
+    assert len(arms.answer("retrieval", ["what did he say"])[0].shown) == 2
+    assert (
+        arms.answer("memory_retrieval", ["what did he say"])[0].positions
+        > arms.answer("memory", ["how are you"])[0].positions
+    )
 
 
 def test_questions_are_asked_as_their_benchmark_says():
@@ -161,7 +181,7 @@ def test_the_command_writes_all_and_continues(base_folder, tmp_path, monkeypatch
     command = ["evaluate", "memory", base_folder, str(data), "--output", str(out), "--retriever", "memory"]
     command += ["--last", "2", "--top_k", "2", "--max_new_tokens", "3", "--device", "cpu"]
     answered, real = [], Arms.answer
-    monkeypatch.setattr(Arms, "answer", lambda self, *args: answered.append(args) or real(self, *args))
+    monkeypatch.setattr(Arms, "answer", lambda self, arm, asked: answered.extend(asked) or real(self, arm, asked))
     assert cli([*command, "--arms", "last", "memory"]) == 0
     results = json.loads((out / "memory.json").read_text(encoding="utf-8"))
     assert list(results["arms"]) == ["last", "memory"] and len(answered) == 6
@@ -178,6 +198,15 @@ def test_the_command_writes_all_and_continues(base_folder, tmp_path, monkeypatch
     assert len(answered) == 2
     assert again["arms"]["last"] == results["arms"]["last"]
     assert again["arms"]["memory"]["f1"] == results["arms"]["memory"]["f1"]
+    # So has one that answers several questions together, which are counted one by one.
+    (out / "answers.jsonl").write_text("\n".join(lines[:1]) + "\n", encoding="utf-8")
+    answered.clear()
+    assert cli([*command, "--arms", "last", "memory", "--batch_size", "2"]) == 0
+    assert len(answered) == 5
+    lines = [json.loads(line) for line in (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["batch"] for line in lines] == [1, 2, 2, 2, 2, 1]
+    together = json.loads((out / "memory.json").read_text(encoding="utf-8"))
+    assert together["arms"]["last"]["f1"] == results["arms"]["last"]["f1"]
     # Other settings give other answers.
     answered.clear()
     assert (
