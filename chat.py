@@ -665,8 +665,7 @@ class ChatSession:
             return self._memory.prefix
         config = self.model.config
         length = _first((turn.ids == config.audio_token_id) | (turn.ids == config.video_token_id))
-        turn.cache.crop(length - turn.cache.get_seq_length())
-        return _Prefix(turn.ids[:length], turn.cache, self._memory.dropped)
+        return _Prefix(turn.ids[:length], turn.cache.first(length), self._memory.dropped)
 
     # ------------------------------------------------------------------ generation and memory
 

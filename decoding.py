@@ -94,7 +94,8 @@ class GrowingCache(DynamicCache):
         """
         part = copy.copy(self)
         part.layers = [copy.copy(layer) for layer in self.layers]
-        part.crop(min(0, length - self.get_seq_length()))
+        if (more := self.get_seq_length() - length) > 0:
+            part.crop(-more)
         return part
 
 
