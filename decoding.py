@@ -13,8 +13,8 @@ from transformers.generation import GenerationConfig, LogitsProcessorList, Stopp
 from .compat_empathic import CACHE
 from .modeling_empathic import MEDIA_KEYS
 
-SPARE = 8  # a full buffer grows by one eighth of its length
-LEAST_SPARE = 32
+SPARE = 8  # a full buffer grows by one eighth of its length,
+STEP = 32  # and to a multiple of this: each head then begins at an aligned address, so that kernels give the same bits
 _reserving = Lock()
 
 
@@ -22,7 +22,7 @@ class _Buffer:
     """The keys and values of a layer, with room for more positions. Layers that share it write each position once."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int):
-        room = length + max(LEAST_SPARE, length // SPARE)
+        room = (length + length // SPARE) // STEP * STEP + STEP
         self.tensors = [one.new_empty(*one.shape[:-2], room, one.shape[-1]) for one in (keys, values)]
         self.written = length
 
@@ -68,8 +68,8 @@ class GrowingCache(DynamicCache):
     """
     A key-value cache of a conversation that takes a new position without a copy of all earlier ones.
 
-    The language model sees the keys and values of a `DynamicCache`. Room for 32 more positions, or an eighth more, is
-    spare.
+    The language model sees the keys and values of a `DynamicCache`. Up to an eighth, and 32 positions, are
+    spare room.
 
     Args:
         config: config of the language model. Layers that are not plain (sliding windows, linear attention) stay as
