@@ -62,8 +62,7 @@ def test_visitors_at_once_get_their_own_replies(serve_page, clip):
     words = "hello there how are you i am fine".split()
     texts = [[words[number], words[-number - 1]] for number in range(8)]
     alone = [talk(page, each, clip) for each in texts]
-    for engine in page.service.engines.values():
-        engine.front.cache.clear()
+    page = serve_page(concurrency=4)  # with nothing in its cache
     found = {}
     threads = [
         threading.Thread(target=lambda number=number: found.update({number: talk(page, texts[number], clip)}))
