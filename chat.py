@@ -22,7 +22,7 @@ from transformers.generation import BaseStreamer, GenerationMode
 
 from .compat_empathic import CACHE
 from .configuration_empathic import MEMORY_SIZE
-from .decoding import GrowingCache, can_decode, decode_one, first_logits
+from .decoding import GrowingCache, can_decode, decode_one, first_logits, fork
 from .memory_empathic import MemoryState
 from .modeling_empathic import MEDIA_KEYS
 from .sampling import plain_decoding
@@ -658,14 +658,14 @@ class ChatSession:
         if prefix.dropped != self._memory.dropped:  # the placeholders are equal, but belong to other vectors
             differs |= ids[:shared] == self.model.config.memory_token_id
         shared = _first(differs)
-        return prefix.cache.first(shared), shared
+        return fork(prefix.cache, shared), shared
 
     def _keep_prefix(self, turn: _Turn) -> _Prefix | None:
         if turn.cache is None:
             return self._memory.prefix
         config = self.model.config
         length = _first((turn.ids == config.audio_token_id) | (turn.ids == config.video_token_id))
-        return _Prefix(turn.ids[:length], turn.cache.first(length), self._memory.dropped)
+        return _Prefix(turn.ids[:length], fork(turn.cache, length), self._memory.dropped)
 
     # ------------------------------------------------------------------ generation and memory
 

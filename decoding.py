@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from threading import Lock
+from typing import TypeVar
 
 import torch
 from transformers import DynamicCache
@@ -13,6 +14,7 @@ from transformers.generation import GenerationConfig, LogitsProcessorList, Stopp
 from .compat_empathic import CACHE
 from .modeling_empathic import MEDIA_KEYS
 
+Cache = TypeVar("Cache", bound=DynamicCache)
 SPARE = 8  # a full buffer grows by one eighth of its length,
 STEP = 32  # and to a multiple of this: each head then begins at an aligned address, so that kernels give the same bits
 _reserving = Lock()
@@ -86,17 +88,18 @@ class GrowingCache(DynamicCache):
         """An empty cache for a model's language model."""
         return cls(model.config.get_text_config(decoder=True))
 
-    def first(self, length: int) -> GrowingCache:
-        """
-        Return a cache of the first positions. Both share their tensors, and neither changes what the other has.
 
-        Only if `can_be_cut`: other layers cannot go back to an earlier position.
-        """
-        part = copy.copy(self)
-        part.layers = [copy.copy(layer) for layer in self.layers]
-        if (more := self.get_seq_length() - length) > 0:
-            part.crop(-more)
-        return part
+def fork(cache: Cache, length: int) -> Cache:
+    """
+    Return a cache of the first positions. Both share their tensors, and neither changes what the other has.
+
+    Only for a cache of plain layers: sliding windows and linear attention cannot go back to an earlier position.
+    """
+    forked = copy.copy(cache)
+    forked.layers = [copy.copy(layer) for layer in cache.layers]
+    if (more := cache.get_seq_length() - length) > 0:
+        forked.crop(-more)
+    return forked
 
 
 def can_decode(config: GenerationConfig) -> bool:

@@ -99,6 +99,12 @@ def plain_decoding(**asked) -> dict:
     return {**{name: value for name, value in PLAIN_DECODING.items() if name in known}, **asked}
 
 
+def end_tokens(config: GenerationConfig) -> set[int]:
+    """The tokens that end a reply."""
+    ends = config.eos_token_id
+    return {end for end in (ends if isinstance(ends, list) else [ends]) if end is not None}
+
+
 class SeededSampler(LogitsProcessor):
     """
     Sample each row's next token with a separate random stream, and give every other token a logit of -inf.

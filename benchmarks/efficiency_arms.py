@@ -12,7 +12,6 @@ All arms process the same conversation up to the logits of the reply's first tok
 following tokens.
 """
 
-import copy
 import random
 import statistics
 import time
@@ -23,6 +22,7 @@ import torch
 from transformers import CLIPImageProcessorPil, DynamicCache, PreTrainedConfig, WhisperFeatureExtractor
 
 from ..configuration_empathic import MEM_TOKEN
+from ..decoding import fork
 from ..processing_empathic import EmpathicProcessor
 from ..tiny.dialogues import make_dialogues
 from ..tiny.language_model import prompt_texts
@@ -142,15 +142,6 @@ def shared(first: list[int], second: list[int]) -> int:
     """Length of the common prefix, excluding the last position of `second`, which must be run for its logits."""
     pairs = zip(first, second[:-1], strict=False)
     return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second) - 1))
-
-
-def fork(cache: DynamicCache, length: int) -> DynamicCache:
-    """Return the first positions of a cache, sharing its tensors; added positions go into new tensors."""
-    forked = copy.copy(cache)
-    forked.layers = [copy.copy(layer) for layer in cache.layers]
-    if forked.get_seq_length() > length:
-        forked.crop(length - forked.get_seq_length())
-    return forked
 
 
 @dataclass

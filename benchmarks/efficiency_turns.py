@@ -7,7 +7,8 @@ from transformers import DynamicCache
 
 from ..chat import ChatSession
 from ..compat_empathic import CACHE
-from .efficiency_arms import CostMeter, fork
+from ..decoding import fork
+from .efficiency_arms import CostMeter
 
 
 def session_at(model, processor, messages: list[dict], reply: int) -> ChatSession:

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from ..data_prep.messages import shows_something
 from ..media_empathic import MediaError
-from ..sampling import plain_decoding
+from ..sampling import end_tokens, plain_decoding
 from ..thoughts import WrittenDecoder
 
 
@@ -45,9 +45,7 @@ def answer(model, processor, prepared: list[dict], max_new_tokens: int = 64, **g
     inputs = processor.pad(prepared).to(model.device)
     output = model.generate(**inputs, **plain_decoding(max_new_tokens=max_new_tokens, **generate_kwargs))
     written = output[:, inputs["input_ids"].shape[1] :]
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    ends = torch.tensor(ends, dtype=torch.long, device=written.device)
+    ends = torch.tensor([*end_tokens(model.generation_config)], dtype=torch.long, device=written.device)
     answers, decode = [], WrittenDecoder(processor.tokenizer)
     for row in written:
         stops = torch.isin(row, ends).nonzero().flatten().tolist()

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..chat import ReplyText
-from ..sampling import Sampling, SeededSampler
+from ..sampling import Sampling, SeededSampler, end_tokens
 from ..thoughts import WrittenDecoder
 from .prompts import History, Prompt, Utterance
 
@@ -265,8 +265,7 @@ class Reply:
         self._sampler: Any = self.request.options.sampler(self.config)
         self._scores: list[TokenScore] = []
         self.started = time.monotonic()
-        ends = self.config.eos_token_id
-        self.ends = {end for end in (ends if isinstance(ends, list) else [ends]) if end is not None}
+        self.ends = end_tokens(self.config)
 
     def choose(self, logits: torch.Tensor) -> None:
         """Choose the next token from its logits (1, vocabulary), and hand out the text that it completes."""

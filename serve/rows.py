@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..compat_empathic import CACHE
 from ..decoding import GrowingCache, next_logits
+from ..sampling import end_tokens
 
 ROWS_AT_ONCE = 4
 IMPLEMENTATION = "empathic_rows"
@@ -127,9 +128,8 @@ def decode_greedily(
     Returns:
         the tokens of each reply, with the one that ended it.
     """
-    config, replies = model.generation_config, [[] for _ in caches]
-    ends = {config.eos_token_id} if isinstance(config.eos_token_id, int) else set(config.eos_token_id or ())
-    going = list(range(len(caches)))
+    config = model.generation_config
+    ends, replies, going = end_tokens(config), [[] for _ in caches], list(range(len(caches)))
     while True:
         scores = logits.float()
         if config.suppress_tokens:

@@ -9,7 +9,7 @@ from transformers import AutoConfig, DynamicCache, GenerationConfig, StoppingCri
 
 from empathic.chat import ChatSession
 from empathic.compat_empathic import CACHE
-from empathic.decoding import GrowingCache, can_decode, decode_one
+from empathic.decoding import GrowingCache, can_decode, decode_one, fork
 
 TURN = {"role": "user", "content": "what did he say"}
 
@@ -171,7 +171,7 @@ def test_the_spare_room_of_a_long_cache_is_an_eighth_of_it():
 def test_parts_of_a_growing_cache_share_what_they_have_and_nothing_else(model):
     whole = GrowingCache.of(model.eval())
     process(model, whole, [5, 6, 7, 8])
-    same, shorter, none = whole.first(4), whole.first(2), whole.first(0)
+    same, shorter, none = fork(whole, 4), fork(whole, 2), fork(whole, 0)
     assert same.layers[0].keys.data_ptr() == whole.layers[0].keys.data_ptr() == shorter.layers[0].keys.data_ptr()
     given = {whole: [5, 6, 7, 8], same: [5, 6, 7, 8], shorter: [5, 6], none: []}
     for cache, more in ((same, [1]), (whole, [2]), (shorter, [3, 4]), (same, [9]), (none, [7]), (whole, [3])):
@@ -210,7 +210,7 @@ def test_parts_of_a_growing_cache_grow_in_threads():
     @torch.no_grad()
     def grow(number):
         for turn in range(50):
-            cache = start.first(3)
+            cache = fork(start, 3)
             barrier.wait()
             part = torch.full((1, 1, 1, 2), float(number))
             for _ in range(4):

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from ...chat import ChatSession, Keys, searchable
-from ...decoding import GrowingCache, first_logits
+from ...decoding import GrowingCache, first_logits, fork
 from ...serve.rows import decode_greedily
 from ...thoughts import WrittenDecoder
 from ..efficiency_arms import shared
@@ -289,10 +289,10 @@ class Arms:
         ids = self._prepare(messages, recalled, question)["input_ids"]
         known, cache = self._prefixes.get(arm, ([], GrowingCache.of(self.model)))
         reused = shared(known, ids)
-        cache = cache.first(reused)
+        cache = fork(cache, reused)
         logits = first_logits(self.model, torch.tensor([ids], device=self.model.device), cache, {})
         if cache.can_be_cut:
-            self._prefixes[arm] = ids, cache.first(len(ids))
+            self._prefixes[arm] = ids, fork(cache, len(ids))
         held = len(ids) * self._bytes_per_position()
         return _Asked(logits, cache, len(ids), reused, held, frozenset(turn.id for turn in shown))
 
