@@ -1,5 +1,7 @@
 """Configuration of the empathic model: the four pretrained parts, the Q-formers and the emotions."""
 
+from typing import Any
+
 from transformers import AutoConfig, Blip2QFormerConfig, CLIPVisionConfig, PreTrainedConfig, WhisperConfig
 
 # The paper's seven categories (Sec. 3.1); `calm` appears only in its Tables 4 and 7.
@@ -11,6 +13,8 @@ MEM_TOKEN = "<MEM>"
 # The settings of the number of memory vectors, in the config and in the processor.
 MEMORY_SIZE = ("memory_tokens", "memory_rate")
 
+# The settings of what the audio tower makes of a clip.
+SOUND_OPTIONS = ("audio_window", "audio_feature_layers")
 
 # What Whisper's encoder gets of a clip: whole windows of 30 seconds, or the clip alone.
 AUDIO_WINDOWS = ("full", "clip")
@@ -70,6 +74,20 @@ def find_placeholder_tokens(tokenizer, **chosen: str | None) -> dict[str, str]:
             )
         tokens[modality] = found[0]
     return tokens
+
+
+def check_layers(layers: list[int] | None, encoder_layers: int) -> None:
+    """Raise a ValueError unless `audio_feature_layers` names layers of an encoder, each once, or is None."""
+    if layers is None:
+        return
+    for layer in layers:
+        if not 0 <= layer <= encoder_layers:
+            raise ValueError(
+                f"audio_feature_layers names layer {layer!r}, but Whisper's encoder has the layers 1 to "
+                f"{encoder_layers}, and 0 for their input."
+            )
+    if len(set(layers)) < max(len(layers), 1):
+        raise ValueError(f"audio_feature_layers is {layers!r}; name at least one layer, and each once.")
 
 
 def check_memory_size(memory_tokens: int, memory_rate: int | None) -> None:
@@ -147,6 +165,9 @@ class EmpathicConfig(PreTrainedConfig):
         audio_window (`str`, *optional*, defaults to `"full"`):
             What Whisper's encoder gets: `full` windows of 30 seconds, most of them silence for a short clip, or the
             `clip` alone.
+        audio_feature_layers (`list[int]`, *optional*):
+            The layers of Whisper's encoder whose outputs the Q-former gets, side by side; 0 is the layers' input. The
+            layers after the last of these are not run. By default the output of the whole encoder.
         memory_tokens (`int`, *optional*, defaults to 1):
             Number of memory vectors of an earlier utterance: so many `<MEM>` tokens end it.
         memory_rate (`int`, *optional*):
@@ -165,8 +186,9 @@ class EmpathicConfig(PreTrainedConfig):
 
     Raises:
         TypeError: if the value for a part is not a configuration, a dict or None.
-        ValueError: if a Q-former's `encoder_hidden_size` is not its tower's width, `audio_window` is unknown, or
-            `memory_tokens` or `memory_rate` is not a whole number from 1 up.
+        ValueError: if a Q-former's `encoder_hidden_size` is not its tower's width, `audio_window` is unknown,
+            `audio_feature_layers` names a layer that is not there or one twice, or `memory_tokens` or `memory_rate` is
+            not a whole number from 1 up.
     """
 
     model_type = "empathic"
@@ -181,6 +203,7 @@ class EmpathicConfig(PreTrainedConfig):
     num_query_tokens: int = 32
     num_frames: int = 8
     audio_window: str = "full"
+    audio_feature_layers: list[int] | None = None
     memory_tokens: int = 1
     memory_rate: int | None = None
     standardize_features: bool = False
@@ -202,7 +225,9 @@ class EmpathicConfig(PreTrainedConfig):
         for key in self.sub_configs:
             setattr(self, key, _part_config(key, getattr(self, key)))
         super().__post_init__(**kwargs)
-        for key, width in zip(qformers, (self.vision_config.hidden_size, self.audio_config.d_model), strict=True):
+        check_layers(self.audio_feature_layers, self.audio_config.encoder_layers)
+        sound_width = self.audio_config.d_model * len(self.audio_feature_layers or [None])
+        for key, width in zip(qformers, (self.vision_config.hidden_size, sound_width), strict=True):
             qformer = getattr(self, key)
             if given[key] is None or (isinstance(given[key], dict) and "encoder_hidden_size" not in given[key]):
                 qformer.encoder_hidden_size = width
@@ -218,6 +243,11 @@ class EmpathicConfig(PreTrainedConfig):
         check_memory_size(self.memory_tokens, self.memory_rate)
         if self.embedding_scale is None:
             self.embedding_scale = self.text_config.initializer_range
+
+    @property
+    def sound_options(self) -> dict[str, Any]:
+        """The options that determine, besides its weights, what the audio tower makes of a clip."""
+        return {name: getattr(self, name) for name in SOUND_OPTIONS}
 
     @staticmethod
     def attn_implementation_by_part(value: str | dict | None) -> dict | None:

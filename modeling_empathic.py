@@ -96,6 +96,7 @@ def encode_sound(
     input_features: torch.Tensor,
     input_features_mask: torch.Tensor | None = None,
     audio_window: str = "full",
+    audio_feature_layers: list[int] | None = None,
 ) -> torch.Tensor:
     """
     Encode audio with the audio tower to features `(batch, positions, width)`; a position is two mel frames long.
@@ -106,6 +107,7 @@ def encode_sound(
         input_features_mask: `(batch, time)`, 1 within the clip; needed for `clip`.
         audio_window: `full` encodes whole windows, with the silence after the clip; `clip` encodes the clip alone, and
             the features after it are zeros. With `clip`, a clip's features do not depend on the rest of the batch.
+        audio_feature_layers: the layers whose outputs are the features, side by side; see `EmpathicConfig`.
 
     Raises:
         ValueError: if `time` is not a whole number of windows.
@@ -115,19 +117,27 @@ def encode_sound(
     if time % window:
         raise ValueError(f"input_features has {time} time steps, not a whole number of windows of {window}.")
     windows = input_features.reshape(batch, mel, -1, window).transpose(1, 2).flatten(0, 1).to(audio_tower.dtype)
-    if audio_window == "full" or input_features_mask is None:
+    whole = audio_window == "full" or input_features_mask is None
+    if whole and audio_feature_layers is None:
         hidden = audio_tower(windows).last_hidden_state
     else:
-        hidden = _encode_clip(audio_tower, windows, audio_position_mask(input_features_mask).reshape(-1, window // 2))
+        if whole:
+            input_features_mask = torch.ones(batch, time, dtype=torch.bool, device=windows.device)
+        heard = audio_position_mask(input_features_mask).reshape(-1, window // 2)
+        hidden = _encode_clip(audio_tower, windows, heard, audio_feature_layers)
     return hidden.reshape(batch, time // 2, -1)
 
 
-def _encode_clip(audio_tower: WhisperEncoder, windows: torch.Tensor, heard: torch.Tensor) -> torch.Tensor:
+def _encode_clip(
+    audio_tower: WhisperEncoder, windows: torch.Tensor, heard: torch.Tensor, layers: list[int] | None
+) -> torch.Tensor:
     """
     Encode the positions of windows `(windows, mel, 2 * positions)` where `heard` `(windows, positions)` is set, as if
     there were nothing else; the other positions are zeros. The steps are those of Whisper's encoder, which takes whole
-    windows only.
+    windows only, up to the last of `layers`.
     """
+    depth = len(audio_tower.layers)
+    layers = [depth] if layers is None else layers
     length = max(int(heard.sum(1).max()), 1)
     heard, dropout = heard[:, :length], audio_tower.dropout if audio_tower.training else 0.0
     frames = heard.repeat_interleave(2, dim=1)[:, None]  # (windows, 1, time)
@@ -138,9 +148,12 @@ def _encode_clip(audio_tower: WhisperEncoder, windows: torch.Tensor, heard: torc
     attended = heard.clone()
     attended[:, 0] = True  # a softmax over nothing would give NaN
     mask = None if attended.all() else create_bidirectional_mask(audio_tower.config, hidden, attended.long())
-    for layer in audio_tower.layers:
-        hidden = layer(hidden, mask)
-    hidden = audio_tower.layer_norm(hidden) * heard[..., None]
+    outputs = [hidden]
+    for layer in audio_tower.layers[: max(layers)]:
+        outputs.append(layer(outputs[-1], mask))
+    if depth in layers:
+        outputs[depth] = audio_tower.layer_norm(outputs[depth])
+    hidden = torch.cat([outputs[layer] for layer in layers], dim=-1) * heard[..., None]
     return nn.functional.pad(hidden, (0, 0, 0, windows.shape[2] // 2 - length))
 
 
@@ -326,7 +339,7 @@ class EmpathicModel(EmpathicPreTrainedModel):
         _check_one_given(input_features=input_features, audio_encoder_states=audio_encoder_states)
         if audio_encoder_states is None:
             audio_encoder_states = encode_sound(
-                self.audio_tower, input_features, input_features_mask, self.config.audio_window
+                self.audio_tower, input_features, input_features_mask, **self.config.sound_options
             )
             if input_features_mask is not None:
                 audio_encoder_mask = audio_position_mask(input_features_mask)

@@ -21,7 +21,7 @@ import torch
 from datasets import Dataset, concatenate_datasets, load_dataset
 from tqdm import tqdm
 
-from ..configuration_empathic import EMOTIONS
+from ..configuration_empathic import EMOTIONS, SOUND_OPTIONS
 from ..data_prep.views import is_there
 from ..evaluation.emotion import EmotionSamples, name_emotions
 from ..evaluation.statistics_of_replies import Draws, compare_means, mean_interval
@@ -118,9 +118,9 @@ def probe(features: np.ndarray, emotions: np.ndarray, place: dict[str, np.ndarra
 
 def clip_features(rows: Dataset, script, model_args, cache: Path) -> list[torch.Tensor]:
     """Whisper's outputs of each clip, from the feature cache: (positions, width)."""
-    vision_tower, audio_tower, window = prepare_features.load_towers(script, model_args)
+    vision_tower, audio_tower, sound = prepare_features.load_towers(script, model_args)
     processor = train.build_processor(script, model_args)
-    features = FeatureCache(cache, describe(vision_tower, audio_tower, processor, window))
+    features = FeatureCache(cache, describe(vision_tower, audio_tower, processor, **sound))
     return [features.features("audio", dict(row)["audio"]).float() for row in rows]
 
 
@@ -203,12 +203,20 @@ def compare(report: dict, other: dict) -> dict:
     """
     Compare two reports speaker by speaker, such as those of two audio windows: report - other.
 
+    Returns:
+        `mean`, `low`, `high` and `p` of the difference of the two `accuracy`, of the two `probe`, and of this accuracy
+        and the other's probe (`accuracy_probe`).
+
     Raises:
         ValueError: if they tested different speakers.
     """
     found = {}
-    for name in ("accuracy", "probe"):
-        first, second = report["by_speaker"][name], other["by_speaker"][name]
+    for name, first, second in (
+        ("accuracy", "accuracy", "accuracy"),
+        ("probe", "probe", "probe"),
+        ("accuracy_probe", "accuracy", "probe"),
+    ):
+        first, second = report["by_speaker"][first], other["by_speaker"][second]
         if first.keys() != second.keys():
             raise ValueError("The two reports tested different speakers; run both on the same folds.")
         who = sorted(first)
@@ -285,7 +293,9 @@ def main(argv: list[str] | None = None) -> dict:
         "settings": {
             "linear_head": options.linear_head,
             "folds": options.folds, "only": options.only, "seeds": options.seeds, "training": training,
-            "audio_window": script.audio_window, "steps": args.max_steps, "learning_rate": args.learning_rate,
+            **{name: getattr(script, name) for name in SOUND_OPTIONS},
+            "steps": args.max_steps, "learning_rate": args.learning_rate,
+            "alignment_steps": args.alignment_steps, "alignment_weight": args.alignment_weight,
             "batch_size": args.per_device_train_batch_size, "queries": script.num_query_tokens,
             "qformer_layers": script.qformer_layers, "qformer_dropout": script.qformer_dropout,
             "standardize_features": script.standardize_features, "bf16": bool(args.bf16),

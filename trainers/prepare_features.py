@@ -31,7 +31,7 @@ from transformers.utils import logging
 from trl import ModelConfig
 
 from ..composition_empathic import find_file, read_stage, resolve_base
-from ..configuration_empathic import EmpathicConfig
+from ..configuration_empathic import SOUND_OPTIONS, EmpathicConfig, check_layers
 from ..data_prep.clip_digests import MEDIA_KINDS, Digests
 from ..data_prep.views import EmotionClips
 from ..errors import run_program
@@ -103,16 +103,20 @@ def _checkpoint_tensors(path: str, prefix: str, revision: str | None = None) -> 
     return tensors
 
 
-def load_towers(script: ScriptArguments, model_args: ModelConfig) -> tuple[Any, Any, str]:
-    """Load only CLIP's vision tower, Whisper's encoder and the audio window of the model that training would build."""
+def load_towers(script: ScriptArguments, model_args: ModelConfig) -> tuple[Any, Any, dict[str, Any]]:
+    """
+    Load only CLIP's vision tower, Whisper's encoder and its options (`SOUND_OPTIONS`) of the model that training would
+    build.
+    """
     path, dtype = model_args.model_name_or_path, model_args.dtype or "float32"
     revision = revision_of(model_args)
-    parts, window = part_names(script) if path is None else None, script.audio_window
+    parts = part_names(script) if path is None else None
+    sound = {name: getattr(script, name) for name in SOUND_OPTIONS}
     while parts is None and (stage := read_stage(path, revision=revision)) is not None:
         base = stage["base"]
         if isinstance(base, dict):
             parts = {name: resolve_base(path, base[name]) for name in ("text", "vision", "audio")}
-            window = base.get("audio_window", "full")
+            sound = {name: base[name] for name in SOUND_OPTIONS if name in base}
         else:
             path, revision = resolve_base(path, base), stage.get("base_revision")
     if parts is not None:
@@ -124,7 +128,8 @@ def load_towers(script: ScriptArguments, model_args: ModelConfig) -> tuple[Any, 
         else:
             vision_tower = CLIPVisionModel.from_pretrained(vision, dtype=dtype)
         audio_tower = AutoModel.from_pretrained(parts["audio"], dtype=dtype).get_encoder()
-        return vision_tower.eval(), audio_tower.eval(), window
+        check_layers(sound.get("audio_feature_layers"), audio_tower.config.encoder_layers)
+        return vision_tower.eval(), audio_tower.eval(), sound
     config = EmpathicConfig.from_pretrained(path, revision=revision)
     dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
     towers = []
@@ -135,7 +140,7 @@ def load_towers(script: ScriptArguments, model_args: ModelConfig) -> tuple[Any, 
         tower = kind._from_config(sub_config, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         tower.load_state_dict(_checkpoint_tensors(path, f"model.{name}.", revision))
         towers.append(tower.eval())
-    return towers[0], towers[1], config.audio_window
+    return towers[0], towers[1], config.sound_options
 
 
 # The clips -----------------------------------------------------------------------------------------------------------
@@ -295,10 +300,10 @@ def prepare(script, args, model_args, options: FeatureArguments) -> dict:
     state = PartialState()
     folder = Path(script.feature_cache)
     processor = build_processor(script, model_args)
-    vision_tower, audio_tower, window = load_towers(script, model_args)
+    vision_tower, audio_tower, sound = load_towers(script, model_args)
     draws = DEFAULT_DRAWS if script.frame_draws is None else script.frame_draws
     if state.is_main_process:
-        open_folder(folder, describe(vision_tower, audio_tower, processor, window), draws)
+        open_folder(folder, describe(vision_tower, audio_tower, processor, **sound), draws)
     state.wait_for_everyone()
     draws = read_json(folder / MANIFEST, {})["draws"]
 
@@ -343,7 +348,7 @@ def prepare(script, args, model_args, options: FeatureArguments) -> dict:
                     writer.add(name, encode_frames(vision_tower, values.to(state.device)), extra)
                 else:
                     features, mask = values[None].to(state.device), extra[None].to(state.device)
-                    hidden = encode_sound(audio_tower, features, mask, window)[0]
+                    hidden = encode_sound(audio_tower, features, mask, **sound)[0]
                     writer.add(name, hidden[audio_position_mask(extra).to(state.device)])
     finally:  # an error or Ctrl-C must not lose what was encoded
         writer.flush()

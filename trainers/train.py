@@ -33,7 +33,7 @@ from ..composition_empathic import (
     read_stage,
     resolve_base,
 )
-from ..configuration_empathic import AUDIO_WINDOWS, MEMORY_SIZE, check_memory_size
+from ..configuration_empathic import AUDIO_WINDOWS, MEMORY_SIZE, SOUND_OPTIONS, check_memory_size
 from ..data_prep.clip_digests import MEDIA_KINDS
 from ..data_prep.loading import PAIR_COLUMNS, TURN_COLUMNS, load_prepared, negatives_limit
 from ..data_prep.views import Conversations, DialogueSamples, EmotionClips, Utterances, check_splits, is_there
@@ -69,7 +69,7 @@ NEW_MODEL_OPTIONS = (
         "qformer_init",
         "max_audio_seconds",
         "with_text",
-        "audio_window",
+        *SOUND_OPTIONS,
         "standardize_features",
         "video_token",
         "audio_token",
@@ -133,6 +133,13 @@ class ScriptArguments:
             "takes a fraction of the time."
         },
     )
+    audio_feature_layers: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "New model: the layers of Whisper's encoder whose outputs the Q-former gets, side by side (0: their "
+            "input). Middle layers tell more of how something is said. The output of the whole encoder if left out."
+        },
+    )
     standardize_features: bool = field(
         default=False,
         metadata={
@@ -188,6 +195,8 @@ class ScriptArguments:
         for name in ("dataset_name", "eval_split"):
             if isinstance(getattr(self, name), str):  # a single name in YAML
                 setattr(self, name, [getattr(self, name)])
+        if isinstance(self.audio_feature_layers, int):
+            self.audio_feature_layers = [self.audio_feature_layers]
         if isinstance(self.dataset_weights, (int, float)):
             self.dataset_weights = [self.dataset_weights]
         if self.chat_template is not None:
@@ -331,7 +340,7 @@ def build_model(script: ScriptArguments, model_args: ModelConfig) -> tuple[Any, 
         "attention_probs_dropout_prob": script.qformer_dropout,
         "initializer_range": script.qformer_init,
     }
-    sizes |= {name: getattr(script, name) for name in ("audio_window", "standardize_features")}
+    sizes |= {name: getattr(script, name) for name in (*SOUND_OPTIONS, "standardize_features")}
     sizes |= memory_size(script)
     base = {**parts, **sizes, **token_options(script), "video_qformer_config": qformer, "audio_qformer_config": qformer}
     model = EmpathicForConditionalGeneration.from_parts_pretrained(**base, **options)
@@ -435,7 +444,7 @@ def open_cache(script: ScriptArguments, model, processor) -> FeatureCache | None
     if script.feature_cache is None:
         return None
     body = (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
-    wanted = describe(body.vision_tower, body.audio_tower, processor, body.config.audio_window)
+    wanted = describe(body.vision_tower, body.audio_tower, processor, **body.config.sound_options)
     return FeatureCache(script.feature_cache, wanted, script.frame_draws)
 
 

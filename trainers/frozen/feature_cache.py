@@ -102,14 +102,20 @@ def _hash_tensors(tower: nn.Module) -> str:
     return total.hexdigest()
 
 
-def describe(vision_tower: nn.Module, audio_tower: nn.Module, processor, audio_window: str = "full") -> dict:
+def describe(
+    vision_tower: nn.Module,
+    audio_tower: nn.Module,
+    processor,
+    audio_window: str = "full",
+    audio_feature_layers: list[int] | None = None,
+) -> dict:
     """
     Describe, as JSON, everything that cached features depend on, except for the clips and the number of draws.
 
     Args:
         vision_tower, audio_tower: CLIP's vision tower and Whisper's encoder, in the precision in which they run.
         processor: an `EmpathicProcessor`.
-        audio_window: as in the model's config.
+        audio_window, audio_feature_layers: as in the model's config.
     """
     vision, audio = vision_tower.config, audio_tower.config
     image_processor, extractor = processor.image_processor.to_dict(), processor.feature_extractor.to_dict()
@@ -118,12 +124,13 @@ def describe(vision_tower: nn.Module, audio_tower: nn.Module, processor, audio_w
         "format": CACHE_FORMAT,
         "num_frames": processor.num_frames,
         "max_audio_seconds": processor.max_audio_seconds,
-        "sizes": {"video": [patches, vision.hidden_size], "audio": [audio.d_model]},
+        "sizes": {"video": [patches, vision.hidden_size], "audio": [audio.d_model * len(audio_feature_layers or [None])]},
         "vision": {name: getattr(vision, name) for name in VISION_SETTINGS}
         | {"dtype": str(vision_tower.dtype), "weights": _weights(vision_tower)},
         "audio": {name: getattr(audio, name) for name in AUDIO_SETTINGS}
         | {"dtype": str(audio_tower.dtype), "weights": _weights(audio_tower)}
-        | ({} if audio_window == "full" else {"audio_window": audio_window}),
+        | ({} if audio_window == "full" else {"audio_window": audio_window})
+        | ({} if audio_feature_layers is None else {"audio_feature_layers": audio_feature_layers}),
         "image_processor": {k: v for k, v in image_processor.items() if k not in NO_SETTING and k[0] != "_"},
         "feature_extractor": {k: v for k, v in extractor.items() if k not in NO_SETTING and k[0] != "_"},
     }
