@@ -106,7 +106,8 @@ def test_positions_are_averaged_in_groups_and_clips_padded():
     features, mask = pad([short, clip])
     assert features.shape == (2, 5, 2) and torch.equal(features[1], clip) and not features[0, 3:].any()
     assert mask.sum(1).tolist() == [3, 5]
-    scaled = standardized([clip, clip + 2, clip + 100], np.array([0, 1]))
+    scaled, moved = standardized([[clip, clip + 2, clip + 100], [clip + 1]], np.array([0, 1]))
+    assert torch.allclose(moved[0], (scaled[0] + scaled[1]) / 2)
     means = torch.stack([one.mean(0) for one in scaled[:2]])
     assert torch.allclose(means.mean(0), torch.zeros(2), atol=1e-6) and torch.allclose(means.std(0), torch.ones(2))
 
