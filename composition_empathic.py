@@ -14,7 +14,14 @@ from transformers import initialization as init
 from transformers.utils import cached_file, is_peft_available
 
 from .chat_format_empathic import find_chat_format, find_end_of_turn
-from .configuration_empathic import HUB_KEYS, MEM_TOKEN, MEMORY_SIZE, EmpathicConfig, find_placeholder_tokens
+from .configuration_empathic import (
+    HUB_KEYS,
+    MEM_TOKEN,
+    MEMORY_SIZE,
+    EmpathicConfig,
+    check_layers,
+    find_placeholder_tokens,
+)
 from .memory_empathic import use_exact_layers
 
 # Files in the output folder of a training stage: `STAGE_FILE` names the stage, its base and the tensors in
@@ -290,13 +297,14 @@ class CompositionMixin:
         Raises:
             TypeError: for any other argument.
             ValueError: for a language model whose head is not just a matrix, or whose tokenizer has no placeholder
-                tokens or no chat format.
+                tokens or no chat format; for layers that the Whisper model does not have.
         """
         hub = {key: kwargs.pop(key) for key in HUB_KEYS if key in kwargs}
         dtype = kwargs.pop("torch_dtype", dtype)  # its name in older code
         unknown = sorted(kwargs.keys() - {field.name for field in fields(EmpathicConfig)})
         if unknown:
             raise TypeError(f"from_parts_pretrained() got unexpected arguments: {', '.join(unknown)}.")
+        check_layers(kwargs.get("audio_feature_layers"), AutoConfig.from_pretrained(audio, **hub).encoder_layers)
         options = {"dtype": dtype, **hub}
         if attn_implementation is not None:
             options["attn_implementation"] = attn_implementation

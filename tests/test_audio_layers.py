@@ -93,7 +93,16 @@ def test_a_stage_records_its_layers_and_trains_from_a_cache_of_them(parts, tmp_p
         lines.append(line | {"emotion": ("happy", "sad")[number % 2], "file_name": name})
     (tmp_path / "raw" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     prepare_folder(tmp_path / "raw", tmp_path / "data", progress=False)
-    common = ["--stage", "emotion", "--dataset_name", str(tmp_path / "data"), "--report_to", "none", "--use_cpu", "True"]
+    common = [
+        "--stage",
+        "emotion",
+        "--dataset_name",
+        str(tmp_path / "data"),
+        "--report_to",
+        "none",
+        "--use_cpu",
+        "True",
+    ]
     common += ["--disable_tqdm", "True", "--eval_strategy", "no", "--eval_split", "train"]
     new = [option for name, part in parts.items() for option in (f"--{name}", part)]
     new += ["--qformer_layers", "2", "--qformer_heads", "2", "--qformer_width", "32", "--num_query_tokens", "4"]
@@ -119,6 +128,8 @@ def test_a_stage_records_its_layers_and_trains_from_a_cache_of_them(parts, tmp_p
         run("other", *new[:-3], *cache[:2])
     with pytest.raises(ValueError, match="names layer 9"):
         prepare_features.main([*common, *new[:-2], "9", "--feature_cache", str(tmp_path / "none")])
+    with pytest.raises(ValueError, match="names layer 9"):
+        run("none", *new[:-2], "9")
     loaded.save_pretrained(tmp_path / "whole")
     assert EmpathicForConditionalGeneration.from_pretrained(tmp_path / "whole").config.audio_feature_layers == [2, 1]
 

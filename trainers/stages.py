@@ -167,8 +167,8 @@ class StageConfig(TrainingArguments):
     audio_speeds: list[float] | None = field(
         default=None,
         metadata={
-            "help": "Stage emotion: in training, a clip's sound is played at one of these speeds, drawn for each sample, "
-            "such as 0.9 1 1.1. More voices than were recorded; None: as recorded."
+            "help": "Stage emotion: in training, a clip's sound is played at one of these speeds, drawn for each "
+            "sample, such as 0.9 1 1.1; None: as recorded."
         },
     )
     use_media: bool = field(default=True, metadata={"help": "Stage dialogue: give the clips to the model."})

@@ -136,8 +136,8 @@ class ScriptArguments:
     audio_feature_layers: list[int] | None = field(
         default=None,
         metadata={
-            "help": "New model: the layers of Whisper's encoder whose outputs the Q-former gets, side by side (0: their "
-            "input). Middle layers tell more of how something is said. The output of the whole encoder if left out."
+            "help": "New model: the layers of Whisper's encoder whose outputs the Q-former gets, side by side (0: "
+            "their input). The output of the whole encoder if left out."
         },
     )
     standardize_features: bool = field(

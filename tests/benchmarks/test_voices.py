@@ -97,6 +97,10 @@ def test_a_linear_head_trains_on_the_same_folds_and_keeps_nothing(data, parts, t
         assert one | {"seconds": None} == other | {"seconds": None}
     assert "validation: " in capsys.readouterr().out
     assert not list((tmp_path / "out").glob("fold-*/seed-*"))
+    # Heard faster and slower, the same steps give another loss.
+    fast = voices.main([*arguments, "--max_steps", "60", "--seeds", "0", "--audio_speeds", "0.9", "1.1"])
+    assert fast["settings"]["audio_speeds"] == [0.9, 1.1] and fast["probe"] == report["probe"]
+    assert fast["folds"][0]["train_loss"][0] != report["folds"][0]["train_loss"][0]
 
 
 def test_positions_are_averaged_in_groups_and_clips_padded():
@@ -127,6 +131,8 @@ def test_the_summary_compares_by_speaker():
     better = {"by_speaker": {**found["by_speaker"], "probe": {"a": 0.6, "b": 0.1, "c": 0.6}}}
     against = voices.compare(better, found)
     assert against["accuracy"]["mean"] == 0 and against["probe"]["mean"] == pytest.approx(0.1)
+    own, probe = found["by_speaker"]["accuracy"], found["by_speaker"]["probe"]
+    assert against["accuracy_probe"]["mean"] == pytest.approx(np.mean([own[name] - probe[name] for name in "abc"]))
     del better["by_speaker"]["probe"]["a"]
     with pytest.raises(ValueError, match="two reports tested different speakers"):
         voices.compare(better, found)

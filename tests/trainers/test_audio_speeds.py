@@ -46,7 +46,7 @@ def test_a_speed_is_drawn_for_sounds_only():
 def test_options(tmp_path):
     assert StageConfig(output_dir=str(tmp_path), audio_speeds=0.9, use_cpu=True).audio_speeds == [0.9]
     for speeds in ([], [0.1], [1, 3]):
-        with pytest.raises(ValueError, match="audio_speeds must be speeds between 0.5 and 2"):
+        with pytest.raises(ValueError, match="audio_speeds must be speeds between"):
             StageConfig(output_dir=str(tmp_path), audio_speeds=speeds, use_cpu=True)
 
 
@@ -100,7 +100,14 @@ def test_a_clip_that_cannot_be_read_is_reported_once_for_all_speeds(base_folder,
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     prepare_folder(tmp_path, tmp_path / "data", progress=False)
     (tmp_path / "bad.m4a").write_bytes(b"nothing")
-    arguments = ["--stage", "emotion", "--dataset_name", str(tmp_path / "data"), "--model_name_or_path", str(base_folder)]
+    arguments = [
+        "--stage",
+        "emotion",
+        "--dataset_name",
+        str(tmp_path / "data"),
+        "--model_name_or_path",
+        str(base_folder),
+    ]
     arguments += ["--use_cpu", "True", "--disable_tqdm", "True", "--feature_cache", str(tmp_path / "cache")]
     report = prepare_features.main([*arguments, "--eval_split", "train", "--audio_speeds", "0.9", "1.1"])
     assert report["encoded"] == 3 and len(report["unreadable"]) == 1

@@ -130,7 +130,10 @@ def describe(
         "format": CACHE_FORMAT,
         "num_frames": processor.num_frames,
         "max_audio_seconds": processor.max_audio_seconds,
-        "sizes": {"video": [patches, vision.hidden_size], "audio": [audio.d_model * len(audio_feature_layers or [None])]},
+        "sizes": {
+            "video": [patches, vision.hidden_size],
+            "audio": [audio.d_model * len(audio_feature_layers or [None])],
+        },
         "vision": {name: getattr(vision, name) for name in VISION_SETTINGS}
         | {"dtype": str(vision_tower.dtype), "weights": _weights(vision_tower)},
         "audio": {name: getattr(audio, name) for name in AUDIO_SETTINGS}
