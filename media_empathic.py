@@ -710,9 +710,8 @@ def load_audio(item: dict, sampling_rate: int = 16000, max_seconds: float | None
 
     Args:
         item: {"type": "audio"} with one of "path", "bytes", or "audio" (decoded: floats in [-1, 1] or signed integers
-            of shape (samples,) or (channels, samples)) and its "sampling_rate" in hertz. "speed" plays it faster or
-            slower, which also changes its pitch: 1.1 shortens it to 1 / 1.1. A key with the value None counts as
-            absent.
+            of shape (samples,) or (channels, samples)) and its "sampling_rate" in hertz. A key with the value None
+            counts as absent.
         sampling_rate, max_seconds: as in `read_audio`.
 
     Returns:
@@ -721,11 +720,7 @@ def load_audio(item: dict, sampling_rate: int = 16000, max_seconds: float | None
     Raises:
         MediaError: as in `read_audio`, and if decoded samples have another shape or type or no sampling rate.
     """
-    item = media_item(item)
-    if item.get("speed") is not None:  # fewer samples, which are then played at the same rate
-        max_seconds = None if max_seconds is None else max_seconds * item["speed"]
-        sampling_rate = round(sampling_rate / item["speed"])
-    limit = _limit(sampling_rate, max_seconds)
+    limit, item = _limit(sampling_rate, max_seconds), media_item(item)
     if item.get("audio") is None:
         source, name = _item_source(item, "audio")
         try:

@@ -52,30 +52,20 @@ def pad(clips: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return nn.utils.rnn.pad_sequence(clips, batch_first=True), torch.arange(int(lengths.max())) < lengths[:, None]
 
 
-def standardized(versions: list[list[torch.Tensor]], train: np.ndarray) -> list[list[torch.Tensor]]:
-    """
-    Standardize all versions of clips with the mean and the deviation of the means of the training clips in the first
-    version, per channel.
-    """
-    means = torch.stack([versions[0][place].mean(0) for place in train])
-    return [[(clip - means.mean(0)) / means.std(0) for clip in clips] for clips in versions]
+def standardized(clips: list[torch.Tensor], train: np.ndarray) -> list[torch.Tensor]:
+    """Standardize all clips with the mean and the deviation of the means of the training clips, per channel."""
+    means = torch.stack([clips[place].mean(0) for place in train])
+    return [(clip - means.mean(0)) / means.std(0) for clip in clips]
 
 
 def train_classifier(
-    clips: list[torch.Tensor],
-    spoken: list[list[torch.Tensor]],
-    emotions: np.ndarray,
-    place: dict[str, np.ndarray],
-    script,
-    args,
-    seed: int,
+    clips: list[torch.Tensor], emotions: np.ndarray, place: dict[str, np.ndarray], script, args, seed: int
 ) -> dict:
     """
     Train on one fold and test it.
 
     Args:
         clips: the encoder's outputs of each clip, (positions, width).
-        spoken: those at each speed of `audio_speeds`, of which training takes one at random; if empty, the clips.
         emotions: the class of each clip.
         place: the clips of each split.
         script, args: the options of the stage, as `train.parse` gives them.
@@ -86,10 +76,8 @@ def train_classifier(
     """
     set_seed(seed)
     rng, train = np.random.default_rng([seed, 0]), place["train"]
-    versions = [clips, *spoken]
     if script.standardize_features:
-        versions = standardized(versions, train)
-    clips, *spoken = versions
+        clips = standardized(clips, train)
     labels = torch.from_numpy(emotions)
     model, size = QformerClassifier(script, clips[0].shape[1]), args.per_device_train_batch_size
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
@@ -99,9 +87,7 @@ def train_classifier(
     losses, started = [], time.monotonic()
     for step in range(args.max_steps):
         chosen = order[step * size : (step + 1) * size]
-        heard = [spoken[rng.integers(len(spoken))] if spoken else clips for _ in chosen]
-        batch = pad([version[number] for version, number in zip(heard, chosen, strict=True)])
-        loss = F.cross_entropy(model(*batch), labels[chosen])
+        loss = F.cross_entropy(model(*pad([clips[number] for number in chosen])), labels[chosen])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)

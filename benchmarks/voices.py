@@ -116,13 +116,12 @@ def probe(features: np.ndarray, emotions: np.ndarray, place: dict[str, np.ndarra
     return best
 
 
-def clip_features(rows: Dataset, script, model_args, cache: Path, speeds: list) -> list[list[torch.Tensor]]:
-    """For each speed, Whisper's outputs of each clip, from the feature cache: (positions, width)."""
+def clip_features(rows: Dataset, script, model_args, cache: Path) -> list[torch.Tensor]:
+    """Whisper's outputs of each clip, from the feature cache: (positions, width)."""
     vision_tower, audio_tower, sound = prepare_features.load_towers(script, model_args)
     processor = train.build_processor(script, model_args)
     features = FeatureCache(cache, describe(vision_tower, audio_tower, processor, **sound))
-    sounds = [dict(row)["audio"] for row in rows]
-    return [[features.features("audio", {**sound, "speed": speed}).float() for sound in sounds] for speed in speeds]
+    return [features.features("audio", dict(row)["audio"]).float() for row in rows]
 
 
 def run_fold(options, training: list[str], rows: Dataset, fold: int, seed: int) -> dict:
@@ -263,17 +262,14 @@ def main(argv: list[str] | None = None) -> dict:
     script, args, model_args = train.parse([*features, "--report_to", "none"])
     if options.linear_head and args.max_steps < 1:
         raise ValueError(f"max_steps is {args.max_steps}; give --max_steps from 1 up with --linear_head.")
-    speeds = args.audio_speeds if options.linear_head else None
-    clips, *at_speeds = clip_features(rows, script, model_args, cache, [None, *(speeds or ())])
+    clips = clip_features(rows, script, model_args, cache)
     emotions = np.array([EMOTIONS.index(emotion) for emotion in rows["emotion"]])
     names = np.array(rows["speaker"])
     places = [{split: np.flatnonzero(np.isin(names, who)) for split, who in folds[fold].items()} for fold in chosen]
     if options.linear_head:
-        short, *spoken = [
-            [average_positions(clip, options.average) for clip in version] for version in (clips, *at_speeds)
-        ]
+        short = [average_positions(clip, options.average) for clip in clips]
         results = [
-            [train_classifier(short, spoken, emotions, place, script, args, seed) for seed in options.seeds]
+            [train_classifier(short, emotions, place, script, args, seed) for seed in options.seeds]
             for place in tqdm(places, "training", unit="fold")
         ]
     else:
@@ -299,7 +295,6 @@ def main(argv: list[str] | None = None) -> dict:
             "folds": options.folds, "only": options.only, "seeds": options.seeds, "training": training,
             **{name: getattr(script, name) for name in SOUND_OPTIONS},
             "steps": args.max_steps, "learning_rate": args.learning_rate,
-            "audio_speeds": args.audio_speeds,
             "alignment_steps": args.alignment_steps, "alignment_weight": args.alignment_weight,
             "batch_size": args.per_device_train_batch_size, "queries": script.num_query_tokens,
             "qformer_layers": script.qformer_layers, "qformer_dropout": script.qformer_dropout,

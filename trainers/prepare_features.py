@@ -51,7 +51,6 @@ from .frozen.feature_cache import (
     describe,
     differences,
     draw_generator,
-    entry_name,
     read_entries,
     read_json,
 )
@@ -201,7 +200,7 @@ class Decoded(TorchDataset):
     Clips decoded to encoder inputs: `(name, kind, (values, mask or draws) or None, error or None)`.
 
     Args:
-        work: (name, digest, kind, clips, index, speed) of each clip.
+        work: (name, digest, kind, clips, index) of each clip.
         processor: an `EmpathicProcessor`.
         draws: number of random frame draws of a video, besides the evenly spaced draw.
     """
@@ -213,9 +212,9 @@ class Decoded(TorchDataset):
         return len(self.work)
 
     def __getitem__(self, number: int) -> tuple:
-        name, digest, kind, clips, index, speed = self.work[number]
+        name, digest, kind, clips, index = self.work[number]
         try:
-            item = {**clips[index][1], "speed": speed}
+            _, item = clips[index]
             return name, kind, self.processor.sound(item) if kind == "audio" else self._video(item, digest), None
         except MediaError as error:
             return name, kind, None, str(error)
@@ -317,16 +316,13 @@ def prepare(script, args, model_args, options: FeatureArguments) -> dict:
     hashed = _hash_clips(sets, folder, state, args.disable_tqdm)
 
     unreadable, wanted = [], {}
-    speeds = [None, *(getattr(args, "audio_speeds", None) or ())]
     for number, clips in enumerate(sets):
         for index, (kind, _) in enumerate(clips.places):
             digest, error = hashed[number, index]
             if digest is None:
                 unreadable.append({"kind": kind, "item": clips.name(index), "digest": None, "reason": error})
-                continue
-            trained = kind == "audio" and number < len(script.dataset_name)  # the evaluation hears clips as recorded
-            for speed in speeds if trained else [None]:
-                wanted.setdefault(entry_name(kind, digest, speed), (digest, kind, clips, index, speed))
+            else:
+                wanted.setdefault(f"{kind}.{digest}", (digest, kind, clips, index))
     done = read_entries(folder)
     work = [(name, *wanted[name]) for name in sorted(wanted) if name not in done]
     state.wait_for_everyone()  # no process may add a shard before all have listed the entries
@@ -357,11 +353,9 @@ def prepare(script, args, model_args, options: FeatureArguments) -> dict:
     finally:  # an error or Ctrl-C must not lose what was encoded
         writer.flush()
 
-    once: dict[str, dict] = {}  # a clip once, not for each speed
     for name, error in gather_object(broken):
-        digest, kind, clips, index, _ = wanted[name]
-        once[entry_name(kind, digest)] = {"kind": kind, "item": clips.name(index), "digest": digest, "reason": error}
-    unreadable += once.values()
+        digest, kind, clips, index = wanted[name]
+        unreadable.append({"kind": kind, "item": clips.name(index), "digest": digest, "reason": error})
     state.wait_for_everyone()
     entries = read_entries(folder)
     # Keep the report's unreadable clips of other data sets; the clips of these data sets were tried again.

@@ -27,19 +27,10 @@ MODALITY_SETTINGS = (("audio",), ("video",), ("audio", "video"))
 NOTHING = "its last turn has no text and no readable clip"  # why a sample is left out
 
 
-def emotion_sample(row: dict, rng: np.random.Generator, speeds: Sequence[float] | None = None) -> dict:
-    """
-    Make a sample that names the emotion of a labeled clip. Audio, video or both is drawn uniformly where present.
-
-    Args:
-        row: the turn.
-        rng: what is drawn comes from here.
-        speeds: speeds of which the sound is played at one, also drawn uniformly.
-    """
+def emotion_sample(row: dict, rng: np.random.Generator) -> dict:
+    """Make a sample that names the emotion of a labeled clip. Audio, video or both is drawn uniformly where present."""
     there = [s for s in MODALITY_SETTINGS if all(row[kind] is not None for kind in s)]
     modalities = there[rng.integers(len(there))]
-    if speeds is not None and "audio" in modalities:
-        row = {**row, "audio": {**row["audio"], "speed": speeds[rng.integers(len(speeds))]}}
     return {
         "messages": [clip_message(row, modalities)],
         "task": "emotion",

@@ -164,13 +164,6 @@ class StageConfig(TrainingArguments):
             "model's token embedding of its emotion than to those of the other emotions."
         },
     )
-    audio_speeds: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "Stage emotion: in training, a clip's sound is played at one of these speeds, drawn for each "
-            "sample, such as 0.9 1 1.1; None: as recorded."
-        },
-    )
     use_media: bool = field(default=True, metadata={"help": "Stage dialogue: give the clips to the model."})
     reply_speakers: list[str] | None = field(
         default=None,
@@ -213,12 +206,6 @@ class StageConfig(TrainingArguments):
     def __post_init__(self):
         if isinstance(self.reply_speakers, str):  # a single name in YAML
             self.reply_speakers = [self.reply_speakers]
-        if isinstance(self.audio_speeds, float | int):
-            self.audio_speeds = [float(self.audio_speeds)]
-        if self.audio_speeds is not None and not (
-            self.audio_speeds and all(0.5 <= speed <= 2 for speed in self.audio_speeds)
-        ):
-            raise ValueError(f"audio_speeds must be speeds between 0.5 and 2, got {self.audio_speeds!r}.")
         check_choice("history", self.history, ("memory", "text", "none"))
         check_no_smoothing(self)
         for name in ("rebuild_ratio", "single_ratio"):

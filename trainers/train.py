@@ -416,20 +416,15 @@ def evaluates(script: ScriptArguments, args: StageConfig | EPOConfig) -> bool:
     return args.eval_strategy != "no" and bool(script.eval_split)
 
 
-def stage_sources(
-    script: ScriptArguments, args: StageConfig, data_sets: list[Dataset | None], speeds: Sequence[float] | None = None
-) -> list[tuple]:
-    """
-    Build the weighted sources of a supervised stage's `SampleStream`, one or two for each data set; in stage `emotion`,
-    clips are heard at the given speeds.
-    """
+def stage_sources(script: ScriptArguments, args: StageConfig, data_sets: list[Dataset | None]) -> list[tuple]:
+    """Build the weighted sources of a supervised stage's `SampleStream`, one or two for each data set."""
     sources = []
     weights = script.dataset_weights or [None] * len(data_sets)
     for rows, weight in zip(data_sets, weights, strict=True):
         if rows is None:
             continue
         if script.stage == "emotion":
-            view, make = EmotionClips(rows), partial(emotion_sample, speeds=speeds)
+            view, make = EmotionClips(rows), emotion_sample
         elif script.stage == "memory_single":
             view, make = Utterances(rows), rebuild_one
         elif script.stage == "memory_multi":
@@ -459,23 +454,19 @@ def supervised_data(script, args) -> tuple[SampleStream, SampleStream | None]:
 
     Raises:
         ValueError: if `cache_frozen_gib` is set in a stage that trains the parts whose outputs would be cached, or
-            an option of stage `emotion` in another; if a split is missing, or no sample is trained.
+            an alignment in a stage that trains no Q-former; if a split is missing, or no sample is trained.
     """
     for name in ("alignment_steps", "alignment_weight"):
         if getattr(args, name) > 0 and script.stage != "emotion":
             raise ValueError(
                 f"{name} is {getattr(args, name)}, but stage {script.stage} trains no Q-former. Leave it out."
             )
-    if args.audio_speeds is not None and script.stage != "emotion":
-        raise ValueError(f"audio_speeds is for stage emotion alone, and this is {script.stage}. Leave it out.")
     if args.cache_frozen_gib > 0 and script.stage != "dialogue":
         raise ValueError(
             f"cache_frozen_gib is set, but stage {script.stage} trains the parts whose outputs it would cache. Leave "
             "it out, or use it in the stages dialogue and epo."
         )
-    sources = stage_sources(
-        script, args, load_splits(script.dataset_name, [script.train_split]), speeds=args.audio_speeds
-    )
+    sources = stage_sources(script, args, load_splits(script.dataset_name, [script.train_split]))
     step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows = sum(len(view) for _, view, _ in sources)
     length = args.max_steps * step if args.max_steps > 0 else round(rows * args.num_train_epochs)

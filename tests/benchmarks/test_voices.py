@@ -97,10 +97,6 @@ def test_a_linear_head_trains_on_the_same_folds_and_keeps_nothing(data, parts, t
         assert one | {"seconds": None} == other | {"seconds": None}
     assert "validation: " in capsys.readouterr().out
     assert not list((tmp_path / "out").glob("fold-*/seed-*"))
-    # Heard faster and slower, the same steps give another loss.
-    fast = voices.main([*arguments, "--max_steps", "60", "--seeds", "0", "--audio_speeds", "0.9", "1.1"])
-    assert fast["settings"]["audio_speeds"] == [0.9, 1.1] and fast["probe"] == report["probe"]
-    assert fast["folds"][0]["train_loss"][0] != report["folds"][0]["train_loss"][0]
 
 
 def test_positions_are_averaged_in_groups_and_clips_padded():
@@ -110,8 +106,7 @@ def test_positions_are_averaged_in_groups_and_clips_padded():
     features, mask = pad([short, clip])
     assert features.shape == (2, 5, 2) and torch.equal(features[1], clip) and not features[0, 3:].any()
     assert mask.sum(1).tolist() == [3, 5]
-    scaled, moved = standardized([[clip, clip + 2, clip + 100], [clip + 1]], np.array([0, 1]))
-    assert torch.allclose(moved[0], (scaled[0] + scaled[1]) / 2)
+    scaled = standardized([clip, clip + 2, clip + 100], np.array([0, 1]))
     means = torch.stack([one.mean(0) for one in scaled[:2]])
     assert torch.allclose(means.mean(0), torch.zeros(2), atol=1e-6) and torch.allclose(means.std(0), torch.ones(2))
 

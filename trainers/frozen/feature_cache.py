@@ -2,8 +2,7 @@
 The feature cache: outputs of the frozen encoders for each clip, computed once by `empathic prepare-features`.
 
     CACHE/manifest.json                     settings and weights that the features depend on
-    CACHE/features-RANK-NUMBER.safetensors  shards of tensors, named {audio|video}.{hash of the clip's content}, and
-                                            with @{speed} at the end for a sound at another speed
+    CACHE/features-RANK-NUMBER.safetensors  shards of tensors, named {audio|video}.{hash of the clip's content}
     CACHE/files.json                        content hashes of files, so that clips are not read again
     CACHE/files-RANK.json                   the same of a run that is not finished
     CACHE/report.json                       counts, and the clips that cannot be read
@@ -61,11 +60,6 @@ def clips_of(message: dict) -> list[dict]:
     """Return the audio and video items of a message."""
     content = message["content"]
     return [] if isinstance(content, str) else [media_item(item) for item in content if item["type"] in MEDIA_KINDS]
-
-
-def entry_name(kind: str, digest: str, speed: float | None = None) -> str:
-    """Return the name of a clip's features in a cache: of the clip with this hash, played at this speed."""
-    return f"{kind}.{digest}" if speed in (None, 1) else f"{kind}.{digest}@{speed:g}"
 
 
 def draw_generator(digest: str, draw: int) -> np.random.Generator:
@@ -292,22 +286,19 @@ class FeatureCache:
 
         Args:
             kind: "audio" or "video".
-            item: the clip, with `path` or `bytes`, and perhaps the `speed` of a sound.
+            item: the clip, with `path` or `bytes`.
             draw: number of the video's random draw; None for the evenly spaced frames.
 
         Raises:
             MediaError: if the clip could not be read when the cache was made, or cannot be found now.
             FeatureCacheError: if the clip is not in the cache, or was changed since.
         """
-        digest, speed = self._digests.of(item), item.get("speed")
-        name, recorded = entry_name(kind, digest, speed), entry_name(kind, digest)
+        name = f"{kind}.{self._digests.of(item)}"
         entry = self._entries.get(name)
         if entry is None:
-            if recorded in self._unreadable:
-                raise MediaError(self._unreadable[recorded])
+            if name in self._unreadable:
+                raise MediaError(self._unreadable[name])
             where = f"<{len(item['bytes'])} bytes>" if item.get("path") is None else item["path"]
-            if name != recorded and recorded in self._entries:
-                where += f" at the speed {speed:g} of audio_speeds"
             raise FeatureCacheError(
                 f"{self.folder}: the {kind} of {where} is not in the feature cache: it is new or was changed. {REMEDY}."
             )
