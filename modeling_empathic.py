@@ -124,11 +124,11 @@ def encode_sound(
         if whole:
             input_features_mask = torch.ones(batch, time, dtype=torch.bool, device=windows.device)
         heard = audio_position_mask(input_features_mask).reshape(-1, window // 2)
-        hidden = _encode_clip(audio_tower, windows, heard, audio_feature_layers)
+        hidden = _encode_positions(audio_tower, windows, heard, audio_feature_layers)
     return hidden.reshape(batch, time // 2, -1)
 
 
-def _encode_clip(
+def _encode_positions(
     audio_tower: WhisperEncoder, windows: torch.Tensor, heard: torch.Tensor, layers: list[int] | None
 ) -> torch.Tensor:
     """
@@ -148,11 +148,13 @@ def _encode_clip(
     attended = heard.clone()
     attended[:, 0] = True  # a softmax over nothing would give NaN
     mask = None if attended.all() else create_bidirectional_mask(audio_tower.config, hidden, attended.long())
-    outputs = [hidden]
-    for layer in audio_tower.layers[: max(layers)]:
-        outputs.append(layer(outputs[-1], mask))
-    if depth in layers:
-        outputs[depth] = audio_tower.layer_norm(outputs[depth])
+    outputs = {0: hidden}
+    for number, layer in enumerate(audio_tower.layers[: max(layers)], start=1):
+        hidden = layer(hidden, mask)
+        if number in layers:
+            outputs[number] = hidden
+    if depth in outputs:
+        outputs[depth] = audio_tower.layer_norm(hidden)
     hidden = torch.cat([outputs[layer] for layer in layers], dim=-1) * heard[..., None]
     return nn.functional.pad(hidden, (0, 0, 0, windows.shape[2] // 2 - length))
 
