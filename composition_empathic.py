@@ -304,7 +304,8 @@ class CompositionMixin:
         unknown = sorted(kwargs.keys() - {field.name for field in fields(EmpathicConfig)})
         if unknown:
             raise TypeError(f"from_parts_pretrained() got unexpected arguments: {', '.join(unknown)}.")
-        check_layers(kwargs.get("audio_feature_layers"), AutoConfig.from_pretrained(audio, **hub).encoder_layers)
+        if (layers := kwargs.get("audio_feature_layers")) is not None:  # before the large parts are loaded
+            check_layers(layers, AutoConfig.from_pretrained(audio, **hub).encoder_layers)
         options = {"dtype": dtype, **hub}
         if attn_implementation is not None:
             options["attn_implementation"] = attn_implementation

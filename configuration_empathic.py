@@ -90,6 +90,11 @@ def check_layers(layers: list[int] | None, encoder_layers: int) -> None:
         raise ValueError(f"audio_feature_layers is {layers!r}; name at least one layer, and each once.")
 
 
+def sound_width(audio_config: PreTrainedConfig, layers: list[int] | None) -> int:
+    """Return the width of the audio tower's output for `audio_feature_layers`, which are side by side."""
+    return audio_config.d_model * (1 if layers is None else len(layers))
+
+
 def check_memory_size(memory_tokens: int, memory_rate: int | None) -> None:
     """Raise a ValueError unless both settings of the memory are whole numbers from 1 up; the rate may be None."""
     for name, value in zip(MEMORY_SIZE, (memory_tokens, memory_rate), strict=True):
@@ -226,8 +231,8 @@ class EmpathicConfig(PreTrainedConfig):
             setattr(self, key, _part_config(key, getattr(self, key)))
         super().__post_init__(**kwargs)
         check_layers(self.audio_feature_layers, self.audio_config.encoder_layers)
-        sound_width = self.audio_config.d_model * len(self.audio_feature_layers or [None])
-        for key, width in zip(qformers, (self.vision_config.hidden_size, sound_width), strict=True):
+        widths = self.vision_config.hidden_size, sound_width(self.audio_config, self.audio_feature_layers)
+        for key, width in zip(qformers, widths, strict=True):
             qformer = getattr(self, key)
             if given[key] is None or (isinstance(given[key], dict) and "encoder_hidden_size" not in given[key]):
                 qformer.encoder_hidden_size = width

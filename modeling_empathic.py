@@ -122,8 +122,9 @@ def encode_sound(
         hidden = audio_tower(windows).last_hidden_state
     else:
         if whole:
-            input_features_mask = torch.ones(batch, time, dtype=torch.bool, device=windows.device)
-        heard = audio_position_mask(input_features_mask).reshape(-1, window // 2)
+            heard = torch.ones(len(windows), window // 2, dtype=torch.bool, device=windows.device)
+        else:
+            heard = audio_position_mask(input_features_mask).reshape(-1, window // 2)
         hidden = _encode_positions(audio_tower, windows, heard, audio_feature_layers)
     return hidden.reshape(batch, time // 2, -1)
 

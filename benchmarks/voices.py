@@ -211,12 +211,13 @@ def compare(report: dict, other: dict) -> dict:
         ValueError: if they tested different speakers.
     """
     found = {}
-    for name, first, second in (
-        ("accuracy", "accuracy", "accuracy"),
-        ("probe", "probe", "probe"),
-        ("accuracy_probe", "accuracy", "probe"),
-    ):
-        first, second = report["by_speaker"][first], other["by_speaker"][second]
+    sides = {
+        "accuracy": ("accuracy", "accuracy"),
+        "probe": ("probe", "probe"),
+        "accuracy_probe": ("accuracy", "probe"),
+    }
+    for name, (own, others) in sides.items():
+        first, second = report["by_speaker"][own], other["by_speaker"][others]
         if first.keys() != second.keys():
             raise ValueError("The two reports tested different speakers; run both on the same folds.")
         who = sorted(first)

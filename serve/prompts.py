@@ -191,8 +191,8 @@ class FrontEnd:
                 states = states.unflatten(0, values.shape[:2])
                 real = masks.bool()
             else:
-                options = self.model.config.sound_options
-                states = encode_sound(self.model.model.audio_tower, values, masks, **options)
+                body = self.model.model
+                states = encode_sound(body.audio_tower, values, masks, **body.config.sound_options)
                 real = audio_position_mask(masks)
             for place, row, kept in zip(places, states, real, strict=True):
                 found[place][kind] = {"features": row[: int(kept.sum())]}

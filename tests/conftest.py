@@ -306,6 +306,26 @@ def clip(tmp_path_factory, grey_frames, tone):
 
 
 @pytest.fixture(scope="session")
+def labeled_clips(tmp_path_factory, grey_frames, tone):
+    """The folder of a prepared data set of four labeled clips with sound and picture, all in the split train."""
+    import json
+
+    from empathic.data_prep.corpora.folder import prepare_folder
+
+    root, lines = tmp_path_factory.mktemp("labeled"), []
+    (root / "raw").mkdir()
+    for number in range(4):
+        name = f"{number}.mp4"
+        samples = tone(0.5, frequency=200 + 300 * number)
+        encode_media(root / "raw" / name, frames=grey_frames(2 + 2 * number), samples=samples)
+        line = {"dialogue_id": name, "turn": 0, "speaker": "clara", "text": "hello", "split": "train"}
+        lines.append(line | {"emotion": ("happy", "sad")[number % 2], "file_name": name})
+    (root / "raw" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    prepare_folder(root / "raw", root / "data", progress=False)
+    return str(root / "data")
+
+
+@pytest.fixture(scope="session")
 def tiny_config():
     """A function (overrides) -> `EmpathicConfig` of hidden sizes 32 and 2 layers, for models of random weights."""
     from empathic.configuration_empathic import EmpathicConfig

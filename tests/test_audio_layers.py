@@ -9,7 +9,6 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from empathic.composition_empathic import PARTS_FILE
 from empathic.configuration_empathic import EmpathicConfig
-from empathic.data_prep.corpora.folder import prepare_folder
 from empathic.modeling_empathic import EmpathicForConditionalGeneration, encode_sound
 from empathic.trainers import prepare_features, train
 from empathic.trainers.checkpoints.stage_folder import load_model
@@ -83,26 +82,8 @@ def test_layers_that_are_not_there_are_refused():
     assert EmpathicConfig.from_dict(config.to_dict()).audio_feature_layers == [1, 2]
 
 
-def test_a_stage_records_its_layers_and_trains_from_a_cache_of_them(parts, tmp_path, write_media, grey_frames, tone):
-    (tmp_path / "raw").mkdir()
-    lines = []
-    for number in range(4):
-        name = f"{number}.mp4"
-        write_media(tmp_path / "raw" / name, frames=grey_frames(2), samples=tone(0.5, frequency=200 + 300 * number))
-        line = {"dialogue_id": name, "turn": 0, "speaker": "clara", "text": "hello", "split": "train"}
-        lines.append(line | {"emotion": ("happy", "sad")[number % 2], "file_name": name})
-    (tmp_path / "raw" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    prepare_folder(tmp_path / "raw", tmp_path / "data", progress=False)
-    common = [
-        "--stage",
-        "emotion",
-        "--dataset_name",
-        str(tmp_path / "data"),
-        "--report_to",
-        "none",
-        "--use_cpu",
-        "True",
-    ]
+def test_a_stage_records_its_layers_and_trains_from_a_cache_of_them(parts, tmp_path, labeled_clips):
+    common = ["--stage", "emotion", "--dataset_name", labeled_clips, "--report_to", "none", "--use_cpu", "True"]
     common += ["--disable_tqdm", "True", "--eval_strategy", "no", "--eval_split", "train"]
     new = [option for name, part in parts.items() for option in (f"--{name}", part)]
     new += ["--qformer_layers", "2", "--qformer_heads", "2", "--qformer_width", "32", "--num_query_tokens", "4"]

@@ -318,7 +318,9 @@ def test_features_of_the_cache_are_used(tmp_path, base_folder, model, processor,
     options += ["--output_dir", str(tmp_path), "--report_to", "none", "--use_cpu", "True"]
     prepare_features.main([*options, "--feature_cache", str(folder), "--feature_dtype", "float32"])
     body = model.model
-    cache = FeatureCache(folder, describe(body.vision_tower, body.audio_tower, processor, body.config.audio_window), 0)
+    cache = FeatureCache(
+        folder, describe(body.vision_tower, body.audio_tower, processor, **body.config.sound_options), 0
+    )
     model.eval()
     losses = []
     for collator in (PreferenceCollator(processor, frame_draws=0), PreferenceCollator(processor, cache=cache)):

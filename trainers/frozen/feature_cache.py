@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ...configuration_empathic import sound_width
 from ...data_prep.clip_digests import MEDIA_KINDS, Digests, short_hash
 from ...files import atomic_path
 from ...media_empathic import MediaError, media_item
@@ -124,10 +125,7 @@ def describe(
         "format": CACHE_FORMAT,
         "num_frames": processor.num_frames,
         "max_audio_seconds": processor.max_audio_seconds,
-        "sizes": {
-            "video": [patches, vision.hidden_size],
-            "audio": [audio.d_model * len(audio_feature_layers or [None])],
-        },
+        "sizes": {"video": [patches, vision.hidden_size], "audio": [sound_width(audio, audio_feature_layers)]},
         "vision": {name: getattr(vision, name) for name in VISION_SETTINGS}
         | {"dtype": str(vision_tower.dtype), "weights": _weights(vision_tower)},
         "audio": {name: getattr(audio, name) for name in AUDIO_SETTINGS}

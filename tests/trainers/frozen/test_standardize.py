@@ -1,6 +1,5 @@
 """Mean and deviation of the encoders' outputs: values by hand, and a stage that measures, saves and resumes."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 from safetensors.torch import load_file
 
 from empathic.composition_empathic import PARTS_FILE
-from empathic.data_prep.corpora.folder import prepare_folder
 from empathic.modeling_empathic import EmpathicForConditionalGeneration
 from empathic.trainers import train
 from empathic.trainers.checkpoints.stage_folder import load_model
@@ -62,25 +60,13 @@ def test_a_single_clip_has_no_deviation(standardizing):
     assert not standardizing.model.audio_standardizer.mean.any()
 
 
-def test_the_first_stage_measures_saves_and_resumes(parts, tmp_path, write_media, grey_frames, tone):
-    lines = []
-    (tmp_path / "raw").mkdir()
-    for number in range(4):
-        name = f"{number}.mp4"
-        write_media(
-            tmp_path / "raw" / name, frames=grey_frames(2 + 2 * number), samples=tone(0.5, frequency=200 + 300 * number)
-        )
-        line = {"dialogue_id": name, "turn": 0, "speaker": "clara", "text": "hello", "split": "train"}
-        lines.append(line | {"emotion": ("happy", "sad")[number % 2], "file_name": name})
-    (tmp_path / "raw" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    prepare_folder(tmp_path / "raw", tmp_path / "data", progress=False)
-
+def test_the_first_stage_measures_saves_and_resumes(parts, tmp_path, labeled_clips):
     def run(folder, *more):
         options = [
             "--stage",
             "emotion",
             "--dataset_name",
-            str(tmp_path / "data"),
+            labeled_clips,
             "--output_dir",
             str(tmp_path / folder),
         ]
